@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import io
@@ -144,14 +145,18 @@ class Config:
         given = self.mode in ("fixed", "gradnorm")
         return self.initial_weights if given else (1.0,) * len(self.tasks)
 
+# What PyYAML raises on hostile text, beside its own errors.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
 def read_yaml(path: Path) -> Any:
     """A YAML file's content by safe_load; UserError if absent, malformed, huge or an alias bomb."""
     try:
         if path.stat().st_size > 2**20:
             raise UserError(f"{path}: larger than 1 MB, expected a short YAML file of settings")
         text = path.read_text(encoding="utf-8-sig")
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > 20:
-            raise UserError(f"{path}: more than 20 YAML aliases; write the values out")
+        if text.count("[") + text.count("{") > 1000 or sum(
+                isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > 20:
+            raise UserError(f"{path}: over 20 YAML aliases or 1000 brackets; write the values out")
         return yaml.safe_load(text)
     except UserError:
         raise
@@ -159,7 +164,7 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save as UTF-8") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or type(error).__name__
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -197,7 +202,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     words = {str: " | ".join(limits if kind is str else ()) or "text", bool: "true or false",
              object: "auto, or 3 levels of 3 [width, height] in px", int: "a whole number",
              float: "a number", tuple: "two numbers"}
-    raise UserError(f"config key {key}: found {str(value)[:80]!r}, expected {words[kind]}{span}")
+    with contextlib.suppress(ValueError):  # an int of thousands of digits has no text
+        value = str(value)[:80]
+    shown = repr(value) if isinstance(value, str) else "a huge number"
+    raise UserError(f"config key {key}: found {shown}, expected {words[kind]}{span}")
 
 def make_config(values: Any, where: str = "config") -> Config:
     """A checked Config from a mapping of exactly its keys; UserError names key, value and range."""
@@ -228,7 +236,7 @@ def load_config(path: Path, overrides: list[str] = (), **fields: Any) -> Config:
             raise UserError(f"--set {text}: expected key=value, as in --set epochs=3")
         try:
             changes[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except YAML_ERRORS as error:
             raise UserError(f"--set {text[:80]}: the value is not plain YAML") from error
     changes |= {key: value for key, value in fields.items() if value is not None}
     return make_config(values | changes, "--set")
@@ -261,7 +269,7 @@ def place_jets(rng: np.random.Generator, apex: np.ndarray, radius: float,
     size[200:] = 0.14, 0.18  # so that the narrowest sector too has room for one
     corners = centre[:, None] + np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * size[:, None] / 2
     x, y = (corners - apex).transpose(2, 0, 1)  # (300, 4)
-    inside = (np.hypot(x, y) < radius) & (np.abs(np.arctan2(x, y)) < angle) & (corners < 1).all(2)
+    inside = (np.hypot(x, y) < radius) & (np.abs(np.arctan2(x, y)) < angle) & (abs(corners - 0.5) < 0.5).all(2)
     boxes, wanted = [], rng.integers(1, 4)
     for box in np.concatenate([centre, size], 1)[inside.all(1)]:
         if all((np.abs(box - b)[:2] > (box + b)[2:] / 2).any() for b in boxes):
@@ -318,7 +326,7 @@ def synthetic_sample(seed: int, split: str, i: int, imgsz: int, c: float) -> tup
 # 3. Joint data: a YOLO folder with an image class -> checked arrays -> batches
 # --------------------------------------------------------------------------------------------------
 
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")  # none runs code
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")  # none of them runs code
 SUFFIXES = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm .jp2".split())
 NO_LABEL = -100  # an image without a class; cross_entropy's ignore_index
 
@@ -384,9 +392,12 @@ def parse_labels(text: str, where: str, num_classes: int, num_labels: int) -> tu
     inside = clip_boxes(boxes)
     if np.abs(inside - boxes).max(initial=0) > 1e-3:
         notes.append(f"{where}: a box that reaches outside the image is cut at its border")
+    kept = np.unique(inside[(inside[:, 3:] > 0).all(1)], axis=0)
+    if len(kept) < len(inside):
+        notes.append(f"{where}: a box that is repeated, or of no size as float32, is skipped")
     if num_labels and not labels and not errors:
         notes.append(f"{where}: no image class: left out of the classification task")
-    return inside, labels[0] if labels else NO_LABEL, errors, notes
+    return kept, labels[0] if labels else NO_LABEL, errors, notes
 
 def read_label_file(path: Path, num_classes: int, num_labels: int) -> tuple:
     """`parse_labels` of a file; without a file, an image without objects, with a warning."""
@@ -424,7 +435,8 @@ def image_size(path: Path) -> tuple[int, int]:
     with image_errors(path), Image.open(path, formats=FORMATS) as image:
         if image.mode == "F":
             raise UserError(f"{path}: floating-point pixels have no range; save as 8 or 16 bit")
-        return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+        turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size  # Pillow turns TIFF by itself
 
 def read_image(path: Path) -> Image.Image:
     """The image as 8-bit RGB, upright; grey, palette, RGBA, CMYK and 16-bit grey are converted."""
@@ -496,7 +508,7 @@ def find_images(entry: Any, root: Path, where: str) -> tuple[list[Path], list[st
     files, errors = [], []
     for part in entry if isinstance(entry, list) else [entry]:
         path = root / str(part)
-        if not isinstance(part, str) or "://" in part or "\0" in part or not path.exists():
+        if not isinstance(part, str) or "://" in part or "\0" in part or not os.path.exists(path):
             errors.append(f"{where}: {str(part)[:80]!r} is no folder or list below {root}")
         elif path.is_dir():
             found = [Path(folder) / n for folder, _, names in os.walk(path) for n in names]
@@ -1072,7 +1084,8 @@ class GradNorm:
         return self.w.clone()
 
     def state_dict(self) -> dict:
-        return {"w": self.w.clone(), "L0": self.L0, "optimizer": self.optimizer.state_dict()}
+        return {"w": self.w.clone(), "L0": self.L0,
+                "optimizer": copy.deepcopy(self.optimizer.state_dict())}
 
     def load_state_dict(self, state: dict) -> None:
         self.w.copy_(state["w"])
@@ -1209,8 +1222,8 @@ def evaluate(network: Network, data: JointSet, config: Config,
     metrics["per_class"] = {}
     if found:
         scale = np.array(data.canvas[::-1] * 2)
-        truth = [np.column_stack([b[:, 0], scale * cxcywh_to_xyxy(torch.from_numpy(b[:, 1:])).numpy()])
-                 for b in data.boxes]
+        corners = [cxcywh_to_xyxy(torch.from_numpy(b[:, 1:])).numpy() * scale for b in data.boxes]
+        truth = [np.column_stack([b[:, 0], xyxy]) for b, xyxy in zip(data.boxes, corners)]
         ap = average_precision(truth, found, len(data.names), config.max_det, thresholds)
         have = ~np.isnan(ap[0])
         if have.any():
@@ -1315,9 +1328,9 @@ def train_step(run: Run, batch: Batch, progress: float, backward=backward) -> di
 def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]]:
     """One pass over the training split; one row a step. NonFinite before anything is saved."""
     config, started, cpu = run.config, time.perf_counter(), time.process_time()
-    epoch_seed = config.seed * 100_003 + run.epoch * 64 + run.rank
-    torch.manual_seed(epoch_seed)  # dropout; so that a resumed run needs no saved random state
-    rng = torch.Generator().manual_seed(epoch_seed + 1)  # augmentation
+    # Both streams are functions of (seed, epoch, rank): a resumed run needs no saved random state.
+    torch.manual_seed(config.seed * 100_003 + run.epoch * 64 + run.rank)  # dropout
+    rng = torch.Generator().manual_seed(config.seed * 100_019 + run.epoch * 64 + run.rank)
     loader, rows = batches(train_set, config, run.epoch, run.world, run.rank), []
     small = config.mode == "dual" and run.epoch < round(config.progressive_share * config.epochs)
     size = [max(32, round(s * config.progressive_scale / 32) * 32) for s in train_set.canvas]
@@ -2105,8 +2118,13 @@ def start_files(run: Run, out: Path, resume: bool) -> list[dict]:
     """Makes the folder fit for `run`; returns the rows of its log that belong to saved epochs."""
     log, rows = out / "metrics.jsonl", []
     if resume and (out / "last.pt").exists():
-        run.load_state_dict(load_checkpoint(out / "last.pt")["run"])
-        rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+        try:
+            run.load_state_dict(load_checkpoint(out / "last.pt")["run"])
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{out / 'last.pt'}: does not fit this config; resume it with its own "
+                            "settings") from error
+        lines = log.read_text().splitlines(keepends=True)  # the last may be cut short
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
         rows = [row for row in rows if row["epoch"] < run.epoch]
     if run.rank == 0:
         for name in () if rows else ("last.pt", "best.pt", "results.json", "figure.png"):
@@ -2222,7 +2240,7 @@ def run_sweep(config: Config, spec: str, modes: tuple[str, ...], seeds: list[int
     key, _, text = spec.partition("=")
     try:
         values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise UserError(f"--sweep {spec[:80]}: expected key=v1,v2, as in alpha=0,1.5") from error
     cells = {(key, k, mode, seed): make_config(
         dataclasses.asdict(config) | {key: value, "mode": mode, "seed": seed}, "--sweep")
