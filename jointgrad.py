@@ -435,8 +435,9 @@ def image_size(path: Path) -> tuple[int, int]:
     with image_errors(path), Image.open(path, formats=FORMATS) as image:
         if image.mode == "F":
             raise UserError(f"{path}: floating-point pixels have no range; save as 8 or 16 bit")
-        turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size  # Pillow turns TIFF by itself
+        if image.format == "TIFF":
+            image.load()  # turns most of them by itself; only then is their size certain
+        return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 def read_image(path: Path) -> Image.Image:
     """The image as 8-bit RGB, upright; grey, palette, RGBA, CMYK and 16-bit grey are converted."""
