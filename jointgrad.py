@@ -269,7 +269,8 @@ def place_jets(rng: np.random.Generator, apex: np.ndarray, radius: float,
     size[200:] = 0.14, 0.18  # so that the narrowest sector too has room for one
     corners = centre[:, None] + np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * size[:, None] / 2
     x, y = (corners - apex).transpose(2, 0, 1)  # (300, 4)
-    inside = (np.hypot(x, y) < radius) & (np.abs(np.arctan2(x, y)) < angle) & (abs(corners - 0.5) < 0.5).all(2)
+    inside = (np.hypot(x, y) < radius) & (np.abs(np.arctan2(x, y)) < angle)
+    inside &= (np.abs(corners - 0.5) < 0.5).all(2)  # a wide sector reaches beyond the frame
     boxes, wanted = [], rng.integers(1, 4)
     for box in np.concatenate([centre, size], 1)[inside.all(1)]:
         if all((np.abs(box - b)[:2] > (box + b)[2:] / 2).any() for b in boxes):
@@ -683,9 +684,12 @@ def box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """Intersection over union (N, M) of all pairs of boxes (N, 4) and (M, 4)."""
     ax1, ay1, ax2, ay2 = a_xyxy[:, :, None].unbind(1)  # each (N, 1)
     bx1, by1, bx2, by2 = b_xyxy.unbind(1)
-    overlap = ((torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-               * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0))
-    return overlap / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap + 1e-7)
+    # In place where it can be: at 512 boxes an image, allocation is half of evaluation's time.
+    width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
+    height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
+    overlap = width.mul_(height)
+    union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)).sub_(overlap)
+    return overlap.div_(union.add_(1e-7))
 
 def ciou(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
     """Complete IoU (K,) of pairs of boxes (K, 4): IoU - distance^2 / diagonal^2 - alpha v."""
@@ -703,7 +707,7 @@ def ciou(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
 
 def fit_anchors(sizes: np.ndarray) -> np.ndarray:
     """Anchors (3 levels, 3, 2) px, smallest first: k-means of box sizes (n, 2) px."""
-    # From quantiles of the area, not from random boxes: no seed, and every size has a centre nearby.
+    # From quantiles of the area, not random boxes: no seed, and every size has a centre nearby.
     sizes = sizes[np.argsort(sizes.prod(1), kind="stable")]
     centres = sizes[np.linspace(0, len(sizes) - 1, 19).astype(int)[1::2]]
     for _ in range(50):
