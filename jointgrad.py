@@ -1117,13 +1117,14 @@ def mean_over_ranks(x: Tensor) -> Tensor:
         x /= torch.distributed.get_world_size()
     return x
 
-def similarities(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and magnitude similarity, means over all pairs of the gradients (T, size)."""
-    gram = gradients @ gradients.T
-    i, j = torch.triu_indices(len(gram), len(gram), 1)
-    a, b = gram.diagonal()[i].sqrt(), gram.diagonal()[j].sqrt()
-    cosine, magnitude = gram[i, j] / (a * b).clamp(min=1e-30), 2 * a * b / (a * a + b * b + 1e-30)
-    return cosine.mean(), magnitude.mean()
+def similarities(gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosine and magnitude similarity 2ab / (a^2 + b^2), means over all pairs of flat gradients."""
+    squares = [torch.dot(g, g) for g in gradients]
+    pairs = list(itertools.combinations(range(len(gradients)), 2))
+    dots = torch.stack([torch.dot(gradients[i], gradients[j]) for i, j in pairs])
+    aa, bb = (torch.stack([squares[pair[k]] for pair in pairs]) for k in (0, 1))
+    ab = (aa * bb).sqrt()
+    return (dots / ab.clamp(min=1e-30)).mean(), (2 * ab / (aa + bb + 1e-30)).mean()
 
 def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     """Leaves the gradient of sum(w_i L_i) in the parameters' .grad; returns what it saw on the way.
@@ -1148,8 +1149,9 @@ def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     P3.backward(sum(g[1:], g[0]))
     grad_W = mean_over_ranks(torch.stack(grad_W))  # before the norm: w is the same on all ranks
     n = torch.linalg.vector_norm(grad_W, dim=1) / w
-    cosine, similarity = similarities(torch.stack([g_i.reshape(-1) for g_i in g]).to(L))
-    return Signals(L, n, cosine, similarities(grad_W)[0], similarity)
+    # Flat in channels_last order, where that needs no copy.
+    cosine, similarity = similarities([g_i.permute(0, 2, 3, 1).reshape(-1).to(L) for g_i in g])
+    return Signals(L, n, cosine, similarities(list(grad_W))[0], similarity)
 
 def to_float(output: Any) -> Any:
     """A head's output out of bfloat16, so that losses keep their digits under autocast."""
