@@ -1611,8 +1611,9 @@ def judge(claims: list[dict], table: dict[str, dict[str, list]]) -> list[dict[st
         verdict = ("holds" if low <= start and end <= high else
                    "does not hold" if end < low or start > high else "not decided by these data")
         said = {key: claim.get(key, "") for key in ("id", "claim", "reported", "unit", "measure")}
+        job = "reproduce" if mode.startswith("smoke") else "compare"
         rows.append(said | {"measured": measured["mean"], "ci95": measured["ci95"],
-                            "verdict": verdict})
+                            "verdict": verdict, "command": f"python jointgrad.py --mode {job}"})
     return rows
 
 def report_rule(w: Tensor, g: Tensor, G0_bar: Tensor, r: Tensor, alpha: float) -> Tensor:
