@@ -1165,31 +1165,35 @@ def to_float(output: Any) -> Any:
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 
+def coco_set(rows: np.ndarray, num_images: int, num_classes: int) -> Any:
+    """pycocotools' COCO of rows (n, 7): image, x, y, w, h px, score, class."""
+    from pycocotools.coco import COCO
+    coco, annotations = COCO(), []
+    for k, (i, x, y, w, h, score, c) in enumerate(rows.tolist(), 1):  # it takes 0 for "no match"
+        annotations.append({"id": k, "image_id": int(i), "category_id": int(c), "score": score,
+                            "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+    coco.dataset = {"images": [{"id": i} for i in range(num_images)], "annotations": annotations,
+                    "categories": [{"id": c} for c in range(num_classes)]}
+    coco.createIndex()
+    return coco
+
 def average_precision(truth: list[np.ndarray], found: list[np.ndarray], num_classes: int,
                       max_det: int, thresholds: np.ndarray) -> np.ndarray:
     """COCO average precision (thresholds, classes); NaN for a class without boxes.
 
     For each image, truth: (n, 5) class, x1 y1 x2 y2 px; found: (n, 6) x1 y1 x2 y2, score, class.
     """
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-    annotations = [{"id": 0, "image_id": i, "category_id": int(c), "area": (x2 - x1) * (y2 - y1),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0}
-                   for i, rows in enumerate(truth) for c, x1, y1, x2, y2 in rows.tolist()]
-    for k, annotation in enumerate(annotations, 1):
-        annotation["id"] = k  # from 1: pycocotools takes 0 for no match
-    rows = np.concatenate([np.column_stack([np.full(len(d), i), d[:, :2], d[:, 2:4] - d[:, :2],
-                                            d[:, 4:]]) for i, d in enumerate(found)])
-    if not len(rows) or not annotations:
-        have = np.isin(np.arange(num_classes), [a["category_id"] for a in annotations])
+    objects = [np.column_stack([np.full(len(t), i), t[:, 1:3], t[:, 3:] - t[:, 1:3],
+                                np.ones(len(t)), t[:, 0]]) for i, t in enumerate(truth)]
+    rows = [np.column_stack([np.full(len(d), i), d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4:]])
+            for i, d in enumerate(found)]
+    objects, rows = np.concatenate(objects), np.concatenate(rows)  # (n, 7), see coco_set
+    if not len(rows) or not len(objects):
+        have = np.isin(np.arange(num_classes), objects[:, 6])
         return np.where(have, 0.0, np.nan)[None].repeat(len(thresholds), 0)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        coco = COCO()
-        coco.dataset = {"images": [{"id": i} for i in range(len(truth))],
-                        "categories": [{"id": c} for c in range(num_classes)],
-                        "annotations": annotations}
-        coco.createIndex()
-        run = COCOeval(coco, coco.loadRes(rows), "bbox")
+        run = COCOeval(*(coco_set(x, len(truth), num_classes) for x in (objects, rows)), "bbox")
         run.params.iouThrs, run.params.areaRng = thresholds, [[0, 1e10]]
         run.params.areaRngLbl = ["all"]
         run.params.maxDets = [max_det]  # Departs from COCO (100): because YOLOv5 counts 300.
@@ -1827,18 +1831,21 @@ def write_atomic(path: Path, content: Any) -> None:
     """Writes text, bytes, or an object by torch: the file is the old or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    if not isinstance(content, (str, bytes)):
+        buffer = io.BytesIO()  # torch's own writer hides the reason of a failure
+        torch.save(content, buffer)
+        content = buffer.getvalue()
     try:
         with part.open("wb") as file:
-            if isinstance(content, (str, bytes)):
-                file.write(content.encode() if isinstance(content, str) else content)
-            else:
-                torch.save(content, file)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
+    except OSError as error:
+        reason = f"{error.strerror}; the last good file is kept"
+        raise OSError(error.errno, reason, str(path)) from error
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(clean(value), indent=1, allow_nan=False) + "\n")

@@ -258,7 +258,7 @@ def test_jets_are_one_to_three_inside_the_image_and_apart():
 
 
 def test_jet_touches_the_sides_of_its_box():
-    """A box that is looser or displaced would cap what mAP50-95 can reach; 2 px is the plume's fade."""
+    """A looser or displaced box would cap mAP50-95; 2 px is the plume's fade."""
     seen = 0
     for i in range(60):
         pixels, boxes, _ = jg.synthetic_sample(2, "val", i, 64, 0.0)
@@ -642,7 +642,7 @@ def test_float_tiff_is_a_user_error(tmp_path):
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
 @pytest.mark.parametrize("kind", ["RGB", "I;16"])
 def test_exif_rotation_turns_size_and_pixels_alike(tmp_path, suffix, kind):
-    """Orientation 6: shown after a quarter turn, so 30x20 stored is 20x30 shown; boxes refer to that."""
+    """Orientation 6: a quarter turn, so 30x20 stored is 20x30 shown; boxes refer to that."""
     if kind == "I;16" and suffix == ".jpg":
         pytest.skip("JPEG holds no 16-bit grey")
     file, image = tmp_path / f"x{suffix}", Image.new(kind, (30, 20))
@@ -828,7 +828,8 @@ bccd = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bccd)
 
 OBJECT = (
-    "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+    "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>"
+    "<ymax>{}</ymax></bndbox>"
     "</object>")
 
 
@@ -859,7 +860,8 @@ def test_bccd_makes_a_joint_set(args, tmp_path):
     assert bccd.main(args) == 0
     out = tmp_path / "set"
     text = (out / "labels/train/BloodImage_00001.txt").read_text()
-    assert text == "1 0.276562 0.828125 0.340625 0.343750\n2 0.618750 0.848958 0.156250 0.193750\n\n0 0 0 1\n"
+    assert text == ("1 0.276562 0.828125 0.340625 0.343750\n"
+                    "2 0.618750 0.848958 0.156250 0.193750\n\n0 0 0 1\n")
     assert (out / "labels/val/BloodImage_00002.txt").read_text() == "\n1 0 0 0\n"
     assert Image.open(out / "images/val/BloodImage_00002.jpg").size == (320, 240)
     train, val = jg.load_joint(out / "data.yaml",
@@ -2176,6 +2178,36 @@ def test_json_holds_no_nan(tmp_path):
     jg.write_json(tmp_path / "x.json",
                   {"a": np.float32("nan"), "b": (np.int64(3), math.inf), 1: [True]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [3, None], "1": [True]}
+
+
+@pytest.mark.skipif(not LINUX, reason="file size limits are set the Linux way")
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
+    """A limit of 100 kB a file stands in for a full disk: a checkpoint does not fit."""
+    import resource
+    command = [sys.executable, jg.__file__, "--out", str(tmp_path / "run"), "--set", *TINY]
+    child = subprocess.run(
+        command, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    errors = [line for line in child.stderr.splitlines() if line.startswith("error:")]
+    assert child.returncode == 1 and len(errors) == 1 and "last good file is kept" in errors[0]
+    assert "Traceback" not in child.stderr and "best.pt" in errors[0] or "last.pt" in errors[0]
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+@pytest.mark.parametrize("threads, batch_size", [(1, 128), (2, 128)])
+def test_two_runs_agree_at_any_thread_count_and_batch(tmp_path, threads, batch_size):
+    """Sums keep one order at a given thread count; at batch 128 many targets share a cell."""
+    logs = []
+    for name in "ab":
+        run_out = tmp_path / name
+        jg_args = ["--out", str(run_out), "--set", f"threads={threads}", f"batch_size={batch_size}",
+                   "epochs=2", "train_images=128", "val_images=4", "width_multiple=0.0625"]
+        command = [sys.executable, jg.__file__, *jg_args]
+        child = subprocess.run(command, capture_output=True, text=True)
+        assert child.returncode == 0, child.stderr
+        rows = [json.loads(line) for line in (run_out / "metrics.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in row.items() if k != "time"} for row in rows])
+    assert logs[0] == logs[1]
 
 
 # --------------------------------------------------------------------------------------------------
