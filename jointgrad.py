@@ -53,7 +53,8 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Iterator, NamedTuple, get_type_hints
@@ -79,6 +80,8 @@ from tqdm import tqdm  # noqa: E402
 ROOT = Path(__file__).resolve().parent
 MODES = ("detect", "classify", "fixed", "equal", "gradnorm", "dual")
 In = Annotated  # a type, then its range, or its choices
+# What PyYAML raises on hostile text, beside its own errors.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 class UserError(ValueError):
     """A mistake in the user's input: what was found, where, what was expected, how to mend it."""
@@ -145,66 +148,64 @@ class Config:
         given = self.mode in ("fixed", "gradnorm")
         return self.initial_weights if given else (1.0,) * len(self.tasks)
 
-# What PyYAML raises on hostile text, beside its own errors.
-YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; UserError where it is none."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save as UTF-8") from error
+    if "\0" in text:
+        raise UserError(f"{path}: holds zero bytes; expected UTF-8 text")
+    return text
 
 def read_yaml(path: Path) -> Any:
     """A YAML file's content by safe_load; UserError if absent, malformed, huge or an alias bomb."""
+    text = read_text(path)
     try:
-        if path.stat().st_size > 2**20:
-            raise UserError(f"{path}: larger than 1 MB, expected a short YAML file of settings")
-        text = path.read_text(encoding="utf-8-sig")
-        if text.count("[") + text.count("{") > 1000 or sum(
-                isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > 20:
-            raise UserError(f"{path}: over 20 YAML aliases or 1000 brackets; write the values out")
+        if len(text) > 2**20 or text.count("[") + text.count("{") > 1000:
+            raise ValueError("larger than 1 MB, or over 1000 brackets")
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > 20:
+            raise ValueError("over 20 aliases")
         return yaml.safe_load(text)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save as UTF-8") from error
     except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or type(error).__name__
+        reason = getattr(error, "problem", None) or str(error)[:80]
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not plain YAML ({reason})") from error
 
-def _number(value: Any, kind: type) -> float | int:
-    """`value` as `kind` by its meaning, not by YAML's guess: "1e-3" is a number, 2.5 is no int."""
-    if isinstance(value, bool):
-        raise ValueError
-    result = float(value)
-    if not math.isfinite(result) or kind is int and result != int(result):
-        raise ValueError
-    return kind(value) if isinstance(value, int) else kind(result)
-
 def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """The value as its key's type; UserError with key, value and what was expected."""
+    """The value by its meaning, not by YAML's guess: "1e-3" is a number, 2.5 is no int."""
     kind, limits = getattr(hint, "__origin__", hint), getattr(hint, "__metadata__", ())
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
+
+    def number(x: Any) -> float | int:
+        if isinstance(x, bool) or not limits[0] <= float(x) <= limits[1]:  # also if NaN
+            raise ValueError
+        if kind is int and float(x) != int(float(x)):
+            raise ValueError
+        return int(float(x)) if kind is int else float(x)
+
+    with contextlib.suppress(ValueError, TypeError, LookupError, OverflowError):
         if kind is str and isinstance(value, str) and (value in limits or not limits):
             return value
-        if kind is bool and str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-        if kind is object:
-            boxes = np.asarray(value, float) if value != "auto" else np.ones((3, 3, 2))
-            if boxes.shape == (3, 3, 2) and (boxes > 0).all() and np.isfinite(boxes).all():
-                return value
-        if kind in (int, float) and limits[0] <= _number(value, kind) <= limits[1]:
-            return _number(value, kind)
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
         if kind is tuple:
-            parts = value.split(",") if isinstance(value, str) else value
-            numbers = tuple(_number(part, float) for part in parts)
-            if len(numbers) == 2 and all(limits[0] <= v <= limits[1] for v in numbers):
-                return numbers
+            first, second = value.split(",") if isinstance(value, str) else value
+            return number(first), number(second)
+        if kind in (int, float):
+            return number(value)
+        boxes = np.ones((3, 3, 2)) if value == "auto" else np.asarray(value, float)
+        if kind is object and boxes.shape == (3, 3, 2) and ((boxes > 0) & (boxes < 1e6)).all():
+            return value
     span = f" from {limits[0]:g} to {limits[1]:g}" if kind in (int, float, tuple) else ""
     words = {str: " | ".join(limits if kind is str else ()) or "text", bool: "true or false",
              object: "auto, or 3 levels of 3 [width, height] in px", int: "a whole number",
              float: "a number", tuple: "two numbers"}
     with contextlib.suppress(ValueError):  # an int of thousands of digits has no text
-        value = str(value)[:80]
-    shown = repr(value) if isinstance(value, str) else "a huge number"
+        value = repr(value)[:80]
+    shown = value if isinstance(value, str) else "a huge number"
     raise UserError(f"config key {key}: found {shown}, expected {words[kind]}{span}")
 
 def make_config(values: Any, where: str = "config") -> Config:
@@ -212,14 +213,12 @@ def make_config(values: Any, where: str = "config") -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected lines of 'key: value', found {type(values).__name__}")
     hints = get_type_hints(Config, include_extras=True)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{where}: unknown key {str(key)[:60]!r}{hint}")
-    for key in hints:
-        if key not in values:
-            raise UserError(f"{where}: missing key {key!r}; start from the shipped config.yaml")
+    for key in (key for key in values if key not in hints):
+        near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{where}: unknown key {str(key)[:60]!r}{hint}")
+    for key in (key for key in hints if key not in values):
+        raise UserError(f"{where}: missing key {key!r}; start from the shipped config.yaml")
     config = Config(**{key: _coerce(key, values[key], hint) for key, hint in hints.items()})
     if config.imgsz % 32:
         raise UserError(f"config key imgsz: found {config.imgsz}, expected a multiple of 32")
@@ -229,17 +228,16 @@ def load_config(path: Path, overrides: list[str] = (), **fields: Any) -> Config:
     """The Config of a YAML file laid over the shipped one, with `key=value` texts and fields."""
     values, given = read_yaml(ROOT / "config.yaml"), read_yaml(path)
     values = make_config(values | given if isinstance(given, dict) else given, str(path)).__dict__
-    changes = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected key=value, as in --set epochs=3")
         try:
-            changes[key.strip()] = yaml.safe_load(value)
+            values = values | {key.strip(): yaml.safe_load(value)}
         except YAML_ERRORS as error:
             raise UserError(f"--set {text[:80]}: the value is not plain YAML") from error
-    changes |= {key: value for key, value in fields.items() if value is not None}
-    return make_config(values | changes, "--set")
+    given = {key: value for key, value in fields.items() if value is not None}
+    return make_config(values | given, "--set")
 
 # --------------------------------------------------------------------------------------------------
 # 2. Synthetic data: (seed, split, i) -> one echocardiogram-like frame, its jets and its view
@@ -251,8 +249,8 @@ VIEWS = ("PSAX", "PLAX", "A4C")
 def speckle(rng: np.random.Generator, shape: tuple[int, int], s: float, a: float = 1) -> np.ndarray:
     """Speckle amplitude (H, W), mean 1: complex noise under a Gaussian, a*s px across, s down."""
     noise = rng.standard_normal((2, *shape))
-    fx, fy = np.fft.fftfreq(shape[1])[None], np.fft.fftfreq(shape[0])[:, None]
-    H = np.exp(-2 * np.pi**2 * ((a * s * fx)**2 + (s * fy)**2))
+    fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1])
+    H = np.exp(-2 * np.pi**2 * (a * s * fx)**2) * np.exp(-2 * np.pi**2 * (s * fy)**2)
     amplitude = np.abs(np.fft.ifft2(np.fft.fft2(noise[0] + 1j * noise[1]) * H))
     return amplitude / amplitude.mean()
 
@@ -338,6 +336,36 @@ class Batch(NamedTuple):
     targets: Tensor
     labels: Tensor
 
+@dataclass
+class JointSet(torch.utils.data.Dataset):
+    """One split: boxes and classes in memory; pixels too (uint8) where they fit, else read anew."""
+
+    boxes: list[np.ndarray]  # of each image (n, 5): class, cx cy w h in fractions of the canvas
+    labels: list[int]
+    names: list[str]
+    classification_names: list[str]
+    canvas: tuple[int, int]  # H, W in px
+    pixels: np.ndarray | None = None  # (N, H, W, 3)
+    paths: list[Path] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A batch of uint8 images in channels_last order."""
+        pixels = (self.pixels[indices] if self.pixels is not None else
+                  np.stack([letterbox(read_image(self.paths[i]), self.canvas) for i in indices]))
+        rows = [np.insert(self.boxes[i], 0, b, axis=1) for b, i in enumerate(indices)]
+        targets = torch.from_numpy(np.concatenate(rows).astype(np.float32))
+        labels = torch.tensor([self.labels[i] for i in indices])
+        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), targets, labels)
+
+    def truth(self, i: int) -> np.ndarray:
+        """The boxes of image i (n, 5): class, x1 y1 x2 y2 in px of the canvas."""
+        corners = cxcywh_to_xyxy(torch.from_numpy(self.boxes[i][:, 1:])).numpy()
+        return np.column_stack([self.boxes[i][:, 0], corners * (self.canvas[::-1] * 2)])
+
 def parse_row(fields: list[float], num_classes: int, num_labels: int) -> int | list[float] | None:
     """What a label row says: an image class (int), a box [class, cx, cy, w, h], None for no size.
 
@@ -360,12 +388,6 @@ def parse_row(fields: list[float], num_classes: int, num_labels: int) -> int | l
         fields = [fields[0], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
     return fields if min(fields[3:]) > 0 else None
 
-def clip_boxes(boxes: np.ndarray) -> np.ndarray:
-    """Boxes (n, 5) class cx cy w h in fractions, cut at the image's border."""
-    low, high = boxes[:, 1:3] - boxes[:, 3:] / 2, boxes[:, 1:3] + boxes[:, 3:] / 2
-    low, high = low.clip(0, 1), high.clip(0, 1)
-    return np.concatenate([boxes[:, :1], (low + high) / 2, high - low], 1)
-
 def parse_labels(text: str, where: str, num_classes: int, num_labels: int) -> tuple:
     """Boxes (n, 5), image class or NO_LABEL, errors and warnings, each with file and line."""
     boxes, labels, errors, notes = [], [], [], []
@@ -381,16 +403,16 @@ def parse_labels(text: str, where: str, num_classes: int, num_labels: int) -> tu
             reason = "expected numbers, spaces between" if "could not" in str(error) else error
             errors.append(f"{where}:{at}: {line.strip()[:60]!r}: {reason}")
             continue
-        if isinstance(row, int):
-            labels.append(row)
-            if len(labels) == 2:
-                errors.append(f"{where}:{at}: a second image class; delete the wrong row")
-        elif row is None:
+        if row is None:
             notes.append(f"{where}:{at}: a box of no size is skipped")
+        elif isinstance(row, int) and labels:
+            errors.append(f"{where}:{at}: a second image class; delete the wrong row")
         else:
-            boxes.append(row)
+            (labels if isinstance(row, int) else boxes).append(row)
     boxes = np.array(boxes, np.float32).reshape(-1, 5)
-    inside = clip_boxes(boxes)
+    low = (boxes[:, 1:3] - boxes[:, 3:] / 2).clip(0, 1)
+    high = (boxes[:, 1:3] + boxes[:, 3:] / 2).clip(0, 1)
+    inside = np.concatenate([boxes[:, :1], (low + high) / 2, high - low], 1)
     if np.abs(inside - boxes).max(initial=0) > 1e-3:
         notes.append(f"{where}: a box that reaches outside the image is cut at its border")
     kept = np.unique(inside[(inside[:, 3:] > 0).all(1)], axis=0)
@@ -403,26 +425,22 @@ def parse_labels(text: str, where: str, num_classes: int, num_labels: int) -> tu
 def read_label_file(path: Path, num_classes: int, num_labels: int) -> tuple:
     """`parse_labels` of a file; without a file, an image without objects, with a warning."""
     nothing = np.zeros((0, 5), np.float32), NO_LABEL
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            return *nothing, [f"{path}: holds zero bytes; expected UTF-8 text"], []
-    except FileNotFoundError:
+    if not path.exists():
         return *nothing, [], [f"{path}: no such label file: an image without objects and class"]
-    except UnicodeDecodeError as error:
-        return *nothing, [f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"], []
-    except OSError as error:
-        return *nothing, [f"{path}: cannot be read ({error.strerror})"], []
-    return parse_labels(text, str(path), num_classes, num_labels)
+    try:
+        return parse_labels(read_text(path), str(path), num_classes, num_labels)
+    except UserError as error:
+        return *nothing, [str(error)], []
 
 @contextlib.contextmanager
-def image_errors(path: Path) -> Iterator[None]:
-    """Turns whatever Pillow raises on a bad image into a UserError that names the file."""
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """The image, its pixels not yet read; whatever Pillow raises on a bad one is a UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -433,7 +451,7 @@ def image_errors(path: Path) -> Iterator[None]:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height in px as shown (after EXIF rotation), from the header alone."""
-    with image_errors(path), Image.open(path, formats=FORMATS) as image:
+    with open_image(path) as image:
         if image.mode == "F":
             raise UserError(f"{path}: floating-point pixels have no range; save as 8 or 16 bit")
         if image.format == "TIFF":
@@ -442,7 +460,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def read_image(path: Path) -> Image.Image:
     """The image as 8-bit RGB, upright; grey, palette, RGBA, CMYK and 16-bit grey are converted."""
-    with image_errors(path), Image.open(path, formats=FORMATS) as image:
+    with open_image(path) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bit: Pillow's convert would clip at 255, not scale
@@ -468,28 +486,6 @@ def letterbox(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:
     sheet = Image.new("RGB", canvas[::-1], (114, 114, 114))
     sheet.paste(image.resize((w, h), Image.Resampling.BILINEAR), (left, top))
     return np.asarray(sheet)
-
-class JointSet(torch.utils.data.Dataset):
-    """One split: boxes and classes in memory; pixels too (uint8) where they fit, else read anew."""
-
-    def __init__(self, boxes: list[np.ndarray], labels: list[int], names: list[str],
-                 classification_names: list[str], canvas: tuple[int, int],
-                 pixels: np.ndarray | None = None, paths: list[Path] = ()):
-        self.boxes, self.labels, self.names = boxes, labels, names
-        self.classification_names, self.canvas = classification_names, canvas
-        self.pixels, self.paths, self.warnings = pixels, list(paths), []
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """A batch of uint8 images in channels_last order."""
-        pixels = (self.pixels[indices] if self.pixels is not None else
-                  np.stack([letterbox(read_image(self.paths[i]), self.canvas) for i in indices]))
-        rows = [np.insert(self.boxes[i], 0, b, axis=1) for b, i in enumerate(indices)]
-        targets = torch.from_numpy(np.concatenate(rows).astype(np.float32))
-        labels = torch.tensor([self.labels[i] for i in indices])
-        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), targets, labels)
 
 def class_names(spec: dict, key: str, where: Path) -> list[str]:
     """Class names from a list or a mapping of 0, 1, … to names."""
@@ -517,12 +513,10 @@ def find_images(entry: Any, root: Path, where: str) -> tuple[list[Path], list[st
             files += [f for f in found if f.suffix.lower() in SUFFIXES and f.name[0] != "."]
         else:
             try:
-                lines = path.read_text(encoding="utf-8-sig").split("\n")
-            except (OSError, UnicodeDecodeError):
-                errors.append(f"{where}: {part!r}: expected a text file, one image path a line")
-                continue
-            lines = [line.strip() for line in lines if line.strip()]
-            files += [(path.parent if line[:2] == "./" else root) / line for line in lines]
+                lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+                files += [(path.parent if line[:2] == "./" else root) / line for line in lines]
+            except UserError as error:
+                errors.append(f"{error}; expected a list, one image path a line")
     for file in files:
         try:
             if not file.resolve(strict=True).is_relative_to(root.resolve()):
@@ -532,6 +526,8 @@ def find_images(entry: Any, root: Path, where: str) -> tuple[list[Path], list[st
         except (OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "a loop of links"
             errors.append(f"{file}: cannot be read ({reason})")
+    if not files and not errors:
+        errors = [f"{where}: no image in {entry}; expected {' '.join(sorted(SUFFIXES))}"]
     return sorted(set(files)), errors
 
 def label_path(image: Path) -> Path:
@@ -546,9 +542,6 @@ def read_split(spec: dict, split: str, root: Path, where: Path) -> tuple[JointSe
     if "classification_names" in spec:
         labels = class_names(spec, "classification_names", where)
     files, errors = find_images(spec.get(split), root, f"{where}: {split}")
-    if not files and not errors:
-        kinds = " ".join(sorted(SUFFIXES))
-        errors = [f"{where}: {split}: no image in {spec[split]}; expected {kinds}"]
     data, sizes, owner = JointSet([], [], names, labels, (0, 0)), [], {}
     for file in [] if errors else files:
         first = owner.setdefault(label_path(file), file)
@@ -566,21 +559,6 @@ def read_split(spec: dict, split: str, root: Path, where: Path) -> tuple[JointSe
         data.paths.append(file)
     return data, sizes, errors
 
-def check_joint(spec: dict, path: Path, config: Config, train: JointSet) -> list[str]:
-    """Errors of a set as a whole: what data.yaml says against what is there and what mode needs."""
-    errors = []
-    if spec.get("nc", len(train.names)) != len(train.names):
-        errors.append(f"{path}: nc is {spec['nc']} but names has {len(train.names)} entries")
-    if "cls" in config.tasks and not train.classification_names:
-        errors.append(f"{path}: no classification_names: add them, or use --mode detect")
-    elif "cls" in config.tasks and set(train.labels) <= {NO_LABEL}:
-        errors.append(f"{path}: train: no image class in any label file; add one a file")
-    if "det" in config.tasks and not any(map(len, train.boxes)):
-        errors.append(f"{path}: train: no box in any label file; use --mode classify")
-    if len(train) < 2:
-        errors.append(f"{path}: train: expected two images at least (BatchNorm needs a batch)")
-    return errors
-
 def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
     """The train and val splits of a joint set, every label row and image header checked.
 
@@ -591,8 +569,17 @@ def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
         raise UserError(f"{path}: expected keys path, train, val, names, classification_names")
     root = path.parent / spec.get("path", ".")
     (train, *_), (val, *_) = splits = [read_split(spec, s, root, path) for s in ("train", "val")]
-    errors = [error for _, _, found in splits for error in found]
-    errors += [] if errors else check_joint(spec, path, config, train)
+    if not (errors := [error for _, _, found in splits for error in found]):
+        if spec.get("nc", len(train.names)) != len(train.names):
+            errors.append(f"{path}: nc is {spec['nc']} but names has {len(train.names)} entries")
+        if "cls" in config.tasks and not train.classification_names:
+            errors.append(f"{path}: no classification_names: add them, or use --mode detect")
+        elif "cls" in config.tasks and set(train.labels) <= {NO_LABEL}:
+            errors.append(f"{path}: train: no image class in any label file; add one a file")
+        if "det" in config.tasks and not any(map(len, train.boxes)):
+            errors.append(f"{path}: train: no box in any label file; use --mode classify")
+        if len(train) < 2:
+            errors.append(f"{path}: train: expected two images at least (BatchNorm needs a batch)")
     if errors:
         more = [f"… and {len(errors) - 10} more"] * (len(errors) > 10)
         raise UserError("\n".join(errors[:10] + more))
@@ -611,21 +598,17 @@ def load_data(config: Config) -> tuple[JointSet, JointSet]:
     """The train and val splits that `config.data` names."""
     if config.data != "synthetic":
         return load_joint(Path(config.data), config)
-    splits = []
+    splits, canvas = [], (config.imgsz, config.imgsz)
     for split, count in (("train", config.train_images), ("val", config.val_images)):
         samples = [synthetic_sample(config.seed, split, i, config.imgsz, config.dominance)
                    for i in range(count)]
         pixels, boxes, labels = map(list, zip(*samples))
-        canvas = (config.imgsz, config.imgsz)
         splits.append(JointSet(boxes, labels, list(JETS), list(VIEWS), canvas, np.stack(pixels)))
     return tuple(splits)
 
-def whole(batch: Batch) -> Batch:
-    return batch
-
 def batches(data: JointSet, config: Config, epoch: int | None, world: int = 1,
-            rank: int = 0) -> Any:
-    """A DataLoader of uint8 batches: shuffled by (seed, epoch), shared out among ranks.
+            rank: int = 0) -> torch.utils.data.DataLoader:
+    """Loads uint8 batches: shuffled by (seed, epoch), shared out among ranks.
 
     In order, and all of it on every rank, where epoch is None.
     """
@@ -637,7 +620,7 @@ def batches(data: JointSet, config: Config, epoch: int | None, world: int = 1,
     lone = epoch is not None and len(sampler) % size == 1  # BatchNorm cannot train on one image
     order = torch.utils.data.BatchSampler(sampler, size, drop_last=lone)
     # With a generator of its own: a loader else draws from the global one that dropout draws from.
-    return torch.utils.data.DataLoader(data, batch_sampler=order, collate_fn=whole,
+    return torch.utils.data.DataLoader(data, batch_sampler=order, collate_fn=Batch._make,
                                        num_workers=config.workers if data.pixels is None else 0,
                                        generator=torch.Generator().manual_seed(0))
 
@@ -744,14 +727,16 @@ def suppress(boxes_xyxy: Tensor, classes: Tensor, iou_thres: float) -> Tensor:
     A box stays if no kept box of its class before it overlaps it more than iou_thres. Repeating
     that for all boxes at once settles, after n rounds at most, on what the greedy loop keeps.
     """
-    over = (box_iou(boxes_xyxy, boxes_xyxy) > iou_thres) & (classes[:, None] == classes)
-    over = over.triu(1).float()  # (n, n): row i suppresses column j > i
-    keep = torch.ones_like(classes, dtype=torch.bool)
-    while True:
-        kept = keep.float() @ over == 0  # as a product ten times faster than any() of booleans
-        if torch.equal(kept, keep):
-            return keep
-        keep = kept
+    keep = torch.zeros_like(classes, dtype=torch.bool)
+    for k in classes.unique():  # class by class: small matrices stay in the processor's cache
+        at = (classes == k).nonzero()[:, 0]
+        over = box_iou(boxes_xyxy[at], boxes_xyxy[at]) > iou_thres
+        over = over.triu(1).float()  # (m, m): row i suppresses column j > i
+        kept, before = torch.ones(len(at), device=at.device), None
+        while before is None or not torch.equal(kept, before):
+            before, kept = kept, (kept @ over == 0).float()  # as a product ten times any()'s speed
+        keep[at] = kept.bool()
+    return keep
 
 def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[Tensor]:
     """Detections of each image: (n, 6) x1 y1 x2 y2 px, score, class; best first, max_det."""
@@ -780,6 +765,14 @@ class Conv(nn.Sequential):
         padding = kernel // 2 if padding is None else padding
         super().__init__(nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
                          nn.BatchNorm2d(c_out, eps=1e-3), nn.SiLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        # Slices and pools hand back gradients in another memory order, on which the backward of
+        # SiLU and BatchNorm is up to ten times slower than a copy.
+        if y.requires_grad and y.is_contiguous(memory_format=torch.channels_last):
+            y.register_hook(partial(Tensor.contiguous, memory_format=torch.channels_last))
+        return y
 
 class Bottleneck(nn.Module):
     """A 1x1 and a 3x3 convolution, around them a shortcut if wanted."""
@@ -1068,7 +1061,7 @@ class GradNorm:
         self.w = torch.tensor(initial_weights, dtype=dtype, device=device)
         self.L0 = torch.zeros_like(self.w) if L0 is None else torch.as_tensor(L0).to(self.w)
         self.r, self.alpha, self.w_min = torch.ones_like(self.w), alpha, w_min
-        self.optimizer = torch.optim.Adam([self.w], lr=lr)
+        self.optimizer = torch.optim.Adam([self.w], lr=lr, fused=True)
 
     @torch.no_grad()
     def update(self, L: Tensor, n: Tensor) -> Tensor:
@@ -1117,14 +1110,17 @@ def mean_over_ranks(x: Tensor) -> Tensor:
         x /= torch.distributed.get_world_size()
     return x
 
-def similarities(gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosine and magnitude similarity 2ab / (a^2 + b^2), means over all pairs of flat gradients."""
-    squares = [torch.dot(g, g) for g in gradients]
-    pairs = list(itertools.combinations(range(len(gradients)), 2))
-    dots = torch.stack([torch.dot(gradients[i], gradients[j]) for i, j in pairs])
-    aa, bb = (torch.stack([squares[pair[k]] for pair in pairs]) for k in (0, 1))
-    ab = (aa * bb).sqrt()
-    return (dots / ab.clamp(min=1e-30)).mean(), (2 * ab / (aa + bb + 1e-30)).mean()
+def similarities(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and magnitude similarity 2ab / (a^2 + b^2), means over pairs of tasks: each (...,).
+
+    grams: (..., T, T), the inner products of the tasks' gradients.
+    """
+    T, squares = grams.shape[-1], grams.diagonal(dim1=-2, dim2=-1)
+    ab = (squares[..., None] * squares[..., None, :]).sqrt()
+    cosine = grams / ab.clamp(min=1e-30)
+    similarity = 2 * ab / (squares[..., None] + squares[..., None, :]).clamp(min=1e-30)
+    above = torch.stack([cosine, similarity]).triu(1)  # each pair once
+    return (above.sum((-2, -1)) / (T * (T - 1) / 2)).unbind()
 
 def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     """Leaves the gradient of sum(w_i L_i) in the parameters' .grad; returns what it saw on the way.
@@ -1148,10 +1144,12 @@ def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     grad_W = [torch.autograd.grad(P3, W, g_i, retain_graph=True)[0].reshape(-1) for g_i in g]
     P3.backward(sum(g[1:], g[0]))
     grad_W = mean_over_ranks(torch.stack(grad_W))  # before the norm: w is the same on all ranks
-    n = torch.linalg.vector_norm(grad_W, dim=1) / w
     # Flat in channels_last order, where that needs no copy.
-    cosine, similarity = similarities([g_i.permute(0, 2, 3, 1).reshape(-1).to(L) for g_i in g])
-    return Signals(L, n, cosine, similarities(list(grad_W))[0], similarity)
+    grad_P3 = torch.stack([g_i.permute(0, 2, 3, 1).reshape(-1) for g_i in g]).to(L)
+    with torch.autocast(L.device.type, enabled=False):  # products need their digits
+        grams = torch.stack([grad_P3 @ grad_P3.T, grad_W @ grad_W.T])  # (2, T, T)
+    cosine, similarity = similarities(grams)
+    return Signals(L, grams[1].diagonal().sqrt() / w, cosine[0], cosine[1], similarity[0])
 
 def to_float(output: Any) -> Any:
     """A head's output out of bfloat16, so that losses keep their digits under autocast."""
@@ -1210,8 +1208,9 @@ def accuracies(truth: np.ndarray, guess: np.ndarray, num_labels: int) -> tuple:
     return float(np.mean(truth == guess)), float(np.nanmean(per_class)), per_class
 
 @torch.no_grad()
-def run_network(network: Network, data: JointSet, config: Config) -> tuple[list, np.ndarray]:
-    """Detections (n, 6) px of each image, as `find_boxes`, and guessed classes (N,), if any."""
+def evaluate(network: Network, data: JointSet, config: Config,
+             thresholds: np.ndarray) -> dict[str, Any]:
+    """Metrics of a split: mAP50, mAP50-95 (None but with ten thresholds), accuracies, per_class."""
     device, was_training = next(network.parameters()).device, network.training
     network.eval()
     found, guess = [], []
@@ -1223,25 +1222,17 @@ def run_network(network: Network, data: JointSet, config: Config) -> tuple[list,
         if "cls" in outputs:
             guess += outputs["cls"].argmax(1).tolist()
     network.train(was_training)
-    return found, np.array(guess)
-
-def evaluate(network: Network, data: JointSet, config: Config,
-             thresholds: np.ndarray) -> dict[str, Any]:
-    """Metrics of a split: mAP50, mAP50-95 (None but with ten thresholds), accuracies, per_class."""
-    found, guess = run_network(network, data, config)
     metrics = dict.fromkeys(("mAP50", "mAP50-95", "accuracy", "balanced_accuracy"))
     metrics["per_class"] = {}
     if found:
-        scale = np.array(data.canvas[::-1] * 2)
-        corners = [cxcywh_to_xyxy(torch.from_numpy(b[:, 1:])).numpy() * scale for b in data.boxes]
-        truth = [np.column_stack([b[:, 0], xyxy]) for b, xyxy in zip(data.boxes, corners)]
+        truth = [data.truth(i) for i in range(len(data))]
         ap = average_precision(truth, found, len(data.names), config.max_det, thresholds)
         have = ~np.isnan(ap[0])
         if have.any():
             metrics["mAP50"] = float(ap[0, have].mean())
             metrics["mAP50-95"] = float(ap[:, have].mean()) if len(ap) == 10 else None
         metrics["per_class"]["AP50"] = dict(zip(data.names, ap[0].tolist()))
-    labels = np.array(data.labels)
+    labels, guess = np.array(data.labels), np.array(guess)
     known = labels != NO_LABEL
     if len(guess) and known.any():
         metrics["accuracy"], metrics["balanced_accuracy"], per_class = accuracies(
@@ -1275,13 +1266,16 @@ class Run:
             self.world = torch.distributed.get_world_size()
             self.rank = torch.distributed.get_rank()
             self.modules = [nn.parallel.DistributedDataParallel(part) for part in self.modules]
-        self.optimizers = [make_optimizer(part, lr, config) for part, lr
-                           in zip(self.network.parts, (config.lr, config.dual_lr))]
+        self.optimizers = []
+        for part, lr in zip(self.network.parts, (config.lr, config.dual_lr)):
+            # Weight decay on kernels alone, not on biases and BatchNorm, as in YOLOv5.
+            groups = [{"params": [p for p in part.parameters() if (p.ndim > 1) == kernels],
+                       "weight_decay": config.weight_decay * kernels, "peak": lr}
+                      for kernels in (True, False)]
+            self.optimizers.append(torch.optim.AdamW(groups, betas=config.betas, fused=True))
         self.w = torch.tensor(config.weights, device=device)
-        self.balancer = None
-        if config.mode == "gradnorm":
-            self.balancer = GradNorm(config.weights, config.alpha, config.gradnorm_lr, config.w_min,
-                                     device=device)
+        self.balancer = GradNorm(config.weights, config.alpha, config.gradnorm_lr, config.w_min,
+                                 device=device) if config.mode == "gradnorm" else None
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "best": self.best, "w": self.w,
@@ -1290,21 +1284,12 @@ class Run:
                 "balancer": self.balancer and self.balancer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.best = state["epoch"], state["best"]
-        self.w = state["w"].to(self.device)
+        self.epoch, self.best, self.w = state["epoch"], state["best"], state["w"].to(self.device)
         self.network.load_state_dict(state["network"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         if self.balancer:
             self.balancer.load_state_dict(state["balancer"])
-
-def make_optimizer(part: nn.Module, lr: float, config: Config) -> torch.optim.Optimizer:
-    """AdamW, its weight decay on kernels alone, not on biases and BatchNorm, as in YOLOv5."""
-    kernels = [p for p in part.parameters() if p.ndim > 1]
-    others = [p for p in part.parameters() if p.ndim <= 1]
-    groups = [{"params": kernels, "weight_decay": config.weight_decay, "peak": lr},
-              {"params": others, "weight_decay": 0.0, "peak": lr}]
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
 
 def learning_rate(progress: float, warmup: float) -> float:
     """Share of the peak rate at `progress` in [0, 1]: a linear rise, then a cosine to 1 %."""
@@ -1405,21 +1390,20 @@ def interference(rows: list[dict], tasks: tuple[str, ...]) -> dict[str, Any] | N
     """Means over all steps of what the tasks' gradients do to each other; None if apart."""
     if "cosine" not in rows[0]:
         return None
-    mean = {key: float(np.mean([row[key] for row in rows]))
-            for key in ("cosine", "similarity", "cosine_W")}
     G = np.array([[row[f"G/{task}"] for task in tasks] for row in rows])
     shares = (G / G.sum(1, keepdims=True).clip(1e-30)).mean(0)
-    return {"cosine_mean": mean["cosine"], "magnitude_similarity": mean["similarity"],
+    return {"cosine_mean": float(np.mean([row["cosine"] for row in rows])),
+            "magnitude_similarity": float(np.mean([row["similarity"] for row in rows])),
             "conflict_share": float(np.mean([row["cosine"] < 0 for row in rows])),
-            "cosine_W_mean": mean["cosine_W"], "gradient_share": dict(zip(tasks, shares.tolist()))}
+            "cosine_W_mean": float(np.mean([row["cosine_W"] for row in rows])),
+            "gradient_share": dict(zip(tasks, shares.tolist()))}
 
 def summarise(run: Run, rows: list[dict], canvas: tuple[int, int]) -> dict[str, Any]:
     """The flat contract of results.json, from a finished run and all rows of its log."""
     config, times = run.config, [row["time"] for row in rows if "time" in row]
     total = {key: sum(t.get(key, 0) for t in times)
              for key in ("train_s", "train_cpu_s", "eval_s", "images")}
-    first, final = list(config.weights), run.w.tolist()
-    losses = [row["loss"] for row in rows]
+    first, final, losses = list(config.weights), run.w.tolist(), [row["loss"] for row in rows]
     return {
         "schema": "jointgrad/1", "mode": config.mode, "seed": config.seed, "data": config.data,
         "config": dataclasses.asdict(config), "environment": environment(run.device, run.world),
@@ -1461,12 +1445,15 @@ class Predictor:
             self.network.load_state_dict(state["run"]["network"])
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: its tensors do not fit its config: it is damaged") from error
-        self.network.to(device).eval()
         self.device = torch.device(device)
+        self.network.to(self.device).eval()
 
     @torch.no_grad()
-    def __call__(self, image: str | Path | Image.Image) -> dict[str, Any]:
-        """boxes [{name, score, box_xyxy px}], best first; classification {name, probs} or None."""
+    def __call__(self, image: str | Path | Image.Image, least: float = 0.0) -> dict[str, Any]:
+        """boxes [{name, score, box_xyxy px}], best first; classification {name, probs} or None.
+
+        Without the boxes that score below `least`.
+        """
         image = image if isinstance(image, Image.Image) else read_image(Path(image))
         canvas = canvas_size([image.size], self.config.imgsz)
         left, top, w, h = fit(image.size, canvas)
@@ -1479,19 +1466,13 @@ class Predictor:
             rows[:, :4] = (rows[:, :4] - [left, top] * 2) * (image.size * 2) / ([w, h] * 2)
             rows[:, :4] = rows[:, :4].clip(0, image.size * 2)
             found["boxes"] = [{"name": self.names[int(row[5])], "score": float(row[4]),
-                               "box_xyxy": row[:4].tolist()} for row in rows]
+                               "box_xyxy": row[:4].tolist()} for row in rows if row[4] >= least]
         if "cls" in outputs:
             probs = outputs["cls"][0].softmax(0).tolist()
-            best = self.classification_names[int(np.argmax(probs))]
-            found["classification"] = {"name": best,
-                                       "probs": dict(zip(self.classification_names, probs))}
+            found["classification"] = {
+                "name": self.classification_names[int(np.argmax(probs))],
+                "probs": dict(zip(self.classification_names, probs))}
         return found
-
-    def shown(self, image: str | Path | Image.Image) -> dict[str, Any]:
-        """The answer without the boxes that score below predict_conf: what a picture shows."""
-        found = self(image)
-        boxes = [box for box in found["boxes"] if box["score"] >= self.config.predict_conf]
-        return found | {"boxes": boxes}
 
 # --------------------------------------------------------------------------------------------------
 # 11. Experiments: many runs -> statistics, verdicts, times
@@ -1508,12 +1489,11 @@ def t_quantile(df: int) -> float:
 
 def interval(values: Any) -> dict[str, Any]:
     """Mean, 95 % t interval (None of one value) and the values of one quantity over seeds."""
-    x = np.asarray(values, float)
-    if len(x) < 2:
-        return {"mean": float(x.mean()), "ci95": None, "per_seed": x.tolist()}
-    half = t_quantile(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return {"mean": float(x.mean()), "ci95": [x.mean() - half, x.mean() + half],
-            "per_seed": x.tolist()}
+    x, ci95 = np.asarray(values, float), None
+    if len(x) > 1:
+        half = t_quantile(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+        ci95 = [x.mean() - half, x.mean() + half]
+    return {"mean": float(x.mean()), "ci95": ci95, "per_seed": x.tolist()}
 
 def sign_flip_p(differences: Any) -> float:
     """Exact two-sided p: share of the 2^n sign patterns whose mean is as far from 0 as seen."""
@@ -1538,50 +1518,52 @@ def run_cell(config: Config, folder: Path) -> dict[str, Any]:
     return json.loads(done.read_text()) | {"curve": curve}
 
 def run_grid(cells: dict[tuple, Config], out: Path, jobs: int) -> dict[tuple, dict]:
-    """Runs every cell (name parts -> config), `jobs` at a time; the results in the cells' order."""
-    from concurrent.futures import ThreadPoolExecutor
+    """Runs every cell ((label, seed) -> config), `jobs` at a time; the results in that order."""
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="run", disable=None) as bar:
         futures = {}
-        for key, config in cells.items():
-            futures[key] = pool.submit(run_cell, config, out / "-".join(map(str, key)))
-            futures[key].add_done_callback(lambda _: bar.update())
+        for (label, seed), config in cells.items():
+            folder = out / f"{label}-s{seed}".replace(" ", "-").replace("/", "_")
+            futures[label, seed] = pool.submit(run_cell, config, folder)
+            futures[label, seed].add_done_callback(lambda _: bar.update())
         try:
             return {key: future.result() for key, future in futures.items()}
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
-def steps_to(curve: list, metric: str, target: float) -> float:
-    """First evaluated step at which a metric reaches the target; NaN if it never does."""
-    return next((step for step, val in curve if (val[metric] or 0) >= target), math.nan)
+def quantities(results: dict[tuple, dict], labels: list[str], seeds: list[int]) -> dict[str, dict]:
+    """The numbers over seeds of each mode, or mode at a value: {label: {metric: [...]}}.
 
-def quantities(results: dict[tuple, dict], modes: list[str], seeds: list[int]) -> dict[str, dict]:
-    """Each mode's numbers over seeds, {mode: {metric: [...]}}.
-
+    steps_to_90: first evaluated step at 90 % of fixed's final score; NaN if never reached.
     delta_m: mean over tasks of (mode - single) / single of mAP50-95 and balanced accuracy, in %;
     positive is better than single task. mean_rank: of the joint modes in the same two, 1 = best.
     """
     table = {}
-    for mode in modes:
-        runs = [results[mode, seed] for seed in seeds]
-        table[mode] = {m: [r["val"][m] for r in runs] for m in METRICS
-                       if runs[0]["val"][m] is not None}
-        for task, metric in (("det", "mAP50"), ("cls", "balanced_accuracy")):
-            if metric in table[mode] and "fixed" in modes:
-                goals = [0.9 * results["fixed", seed]["val"][metric] for seed in seeds]
-                table[mode][f"steps_to_90_{task}"] = [steps_to(r["curve"], metric, goal)
-                                                      for r, goal in zip(runs, goals)]
-        table[mode] |= {"parameters": [r["parameters"]["total"] for r in runs],
-                        "step_ms": [r["time"]["step_ms"] for r in runs]}
-        table[mode] |= {key: [r[key] for r in runs] for key in ("flops_per_image", "peak_rss_mb")}
-    joint = [m for m in modes if all(key in table[m] for key in SINGLE)]
-    if not all(single in modes for single in SINGLE.values()):
-        return table
-    scores = np.array([[table[m][key] for key in SINGLE] for m in joint])  # (modes, metrics, seeds)
-    alone = np.array([table[single][key] for key, single in SINGLE.items()])  # (metrics, seeds)
-    ranks = 1 + (scores[None] > scores[:, None]).sum(1)
-    for mode, gain, rank in zip(joint, 100 * (scores / alone - 1).mean(1), ranks.mean(1)):
-        table[mode] |= {"delta_m": gain.tolist(), "mean_rank": rank.tolist()}
+    for label in labels:
+        runs = [results[label, seed] for seed in seeds]
+        row = {m: [r["val"][m] for r in runs] for m in METRICS if runs[0]["val"][m] is not None}
+        for task, m in (("det", "mAP50"), ("cls", "balanced_accuracy")):
+            if m in row and "fixed" in labels:
+                goals = [0.9 * results["fixed", seed]["val"][m] for seed in seeds]
+                row[f"steps_to_90_{task}"] = [
+                    next((step for step, val in r["curve"] if (val[m] or 0) >= goal), math.nan)
+                    for r, goal in zip(runs, goals)]
+        row |= {"parameters": [r["parameters"]["total"] for r in runs],
+                "step_ms": [r["time"]["step_ms"] for r in runs]}
+        row |= {key: [r[key] for r in runs] for key in ("flops_per_image", "peak_rss_mb")}
+        if seen := runs[0].get("interference"):
+            for key in seen:
+                x = [r["interference"][key] for r in runs]
+                row |= {"gradient_share_det": [share["det"] for share in x]} \
+                    if key == "gradient_share" else {key: x}
+        table[label] = row
+    joint = [m for m in labels if all(key in table[m] for key in SINGLE)]
+    if joint and set(SINGLE.values()) <= set(labels):
+        scores = np.array([[table[m][key] for key in SINGLE] for m in joint])  # (modes, 2, seeds)
+        alone = np.array([table[single][key] for key, single in SINGLE.items()])  # (2, seeds)
+        ranks = 1 + (scores[None] > scores[:, None]).sum(1)
+        for mode, gain, rank in zip(joint, 100 * (scores / alone - 1).mean(1), ranks.mean(1)):
+            table[mode] |= {"delta_m": gain.tolist(), "mean_rank": rank.tolist()}
     return table
 
 def paired(table: dict[str, dict[str, list]]) -> list[dict[str, Any]]:
@@ -1702,7 +1684,7 @@ def plain_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Si
     P3 = part.trunk(batch.images)
     L = torch.stack([losses[task](head(P3), batch) for task, head in part.heads.items()])
     (w * L).sum().backward()
-    return Signals(L.detach(), None, None, None, None)
+    return Signals(L.detach())
 
 def textbook_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     """GradNorm as most repositories write it: L_grad is a graph, differentiated a second time."""
@@ -1713,16 +1695,15 @@ def textbook_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) ->
     target = (G.mean() * (L / L.mean())**1.5).detach()
     torch.autograd.grad((G - target).abs().sum(), w, retain_graph=True)
     (w.detach() * L).sum().backward()
-    return Signals(L.detach(), (G / w).detach(), None, None, None)
+    return Signals(L.detach(), (G / w).detach())
 
 def make_variant(name: str, config: Config, data: JointSet, device: torch.device,
-                 tasks: int) -> Any:
-    """A function that does one training step of a variant, with its own network, one batch."""
+                 tasks: int) -> tuple[partial, Network, Tensor]:
+    """One training step of a variant on one batch, its network of its own, the batch's images."""
     mode = "gradnorm" if name in ("textbook", "nchw") else name
-    run = Run(dataclasses.replace(config, mode=mode), data, device)
-    how = {"fixed": plain_backward, "textbook": textbook_backward}.get(name, backward)
+    run = Run(replace(config, mode=mode), data, device)
     part = run.network.parts[0]
-    for k in range(2, tasks):
+    for k in range(2, tasks):  # more classification heads on P3
         part.heads[f"cls{k}"] = ClassificationHead(part.trunk.c_out, len(VIEWS), config.dropout)
         run.losses[f"cls{k}"] = run.losses["cls"]
     if tasks > 2:
@@ -1732,78 +1713,64 @@ def make_variant(name: str, config: Config, data: JointSet, device: torch.device
     run.network.to(device, memory_format=layout)
     batch = to_device(data.__getitems__(list(range(config.batch_size))), device)
     batch = batch._replace(images=batch.images.contiguous(memory_format=layout))
+    how = {"fixed": plain_backward, "textbook": textbook_backward}.get(name, backward)
+    return partial(train_step, run, batch, 0.5, how), run.network, batch.images
 
-    def step() -> None:
-        train_step(run, batch, 0.5, how)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    step.network, step.images = run.network, batch.images
-    return step
-
-def time_interleaved(steps: dict[str, Any], rounds: int, bar: tqdm) -> dict[str, dict]:
-    """Seconds of each step, CPU and wall, (rounds,); in turns, so that drift hits all alike."""
-    times = {name: {"cpu": [], "wall": []} for name in steps}
-    for k in range(-2, rounds):  # two rounds of warm-up
-        for name, step in steps.items():
+def time_interleaved(steps: dict[str, Any], rounds: int, device: torch.device,
+                     bar: tqdm) -> np.ndarray:
+    """Seconds (rounds, steps, 2) wall and CPU; steps in turns, so that drift hits all alike."""
+    times = np.zeros((rounds + 2, len(steps), 2))
+    for of_round in times:
+        for step, spent in zip(steps.values(), of_round):
             wall, cpu = time.perf_counter(), time.process_time()
             step()
-            if k >= 0:
-                times[name]["cpu"].append(time.process_time() - cpu)
-                times[name]["wall"].append(time.perf_counter() - wall)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            spent[:] = time.perf_counter() - wall, time.process_time() - cpu
         bar.update()
-    return {name: {key: np.array(v) for key, v in each.items()} for name, each in times.items()}
-
-@torch.no_grad()
-def infer(network: Network, images: Tensor) -> float:
-    """Images a second of the forward pass in eval mode, median of five."""
-    network.eval()
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        network(images)
-        seconds.append(time.perf_counter() - started)
-    network.train()
-    return len(images) / float(np.median(seconds))
+    return times[2:]  # without two rounds of warm-up
 
 def bench_case(config: Config, device: torch.device, rounds: int, bar: tqdm, names: tuple[str, ...],
                tasks: int = 2) -> dict[str, Any]:
     """Step times, throughput and ratios (of CPU time on a CPU, else wall) of some variants."""
-    data, _ = load_data(dataclasses.replace(config, data="synthetic", val_images=2,
-                                            train_images=config.batch_size))
-    steps = {name: make_variant(name, config, data, device, tasks) for name in names}
-    times = time_interleaved(steps, rounds, bar)
-    clock = "cpu" if device.type == "cpu" else "wall"
+    data, _ = load_data(replace(config, data="synthetic", val_images=2,
+                                train_images=config.batch_size))
+    made = {name: make_variant(name, config, data, device, tasks) for name in names}
+    times = time_interleaved({a: m[0] for a, m in made.items()}, rounds, device, bar)
+    wall, cpu = (dict(zip(names, times[:, :, k].T)) for k in (0, 1))
+    rows = {"inference_images_per_s": {}, "flops_per_image": {}}
+    for name, (_, network, images) in made.items():
+        network.eval()
+        with torch.no_grad():
+            forward = time_interleaved({name: partial(network, images)}, 5, device, bar)
+        rows["inference_images_per_s"][name] = len(images) / np.median(forward[:, 0, 0])
+        rows["flops_per_image"][name] = flops_per_image(network, data.canvas)
 
     def spread(x: np.ndarray, scale: float = 1.0) -> dict[str, float]:
         return {"median": scale * np.median(x), "min": scale * x.min(), "max": scale * x.max()}
 
-    pairs = [("gradnorm", "fixed"), ("textbook", "fixed"), ("dual", "fixed"), ("detect", "fixed"),
-             ("classify", "fixed"), ("textbook", "gradnorm"), ("nchw", "gradnorm")]
-    return {"step_ms": {name: spread(t["wall"], 1000) for name, t in times.items()},
-            "cpu_ms": {name: spread(t["cpu"], 1000) for name, t in times.items()},
-            "images_per_s": {a: config.batch_size / np.median(t["wall"]) for a, t in times.items()},
-            "ratios": {f"{a}/{b}": spread(times[a][clock] / times[b][clock])
-                       for a, b in pairs if a in steps and b in steps},
-            "inference_images_per_s": {a: infer(s.network, s.images) for a, s in steps.items()},
-            "flops_per_image": {a: flops_per_image(s.network, data.canvas)
-                                for a, s in steps.items()}}
+    fair = cpu if device.type == "cpu" else wall
+    pairs = [(name, "fixed") for name in ("gradnorm", "textbook", "dual", "detect", "classify")]
+    pairs += [("textbook", "gradnorm"), ("nchw", "gradnorm")]
+    return rows | {"step_ms": {name: spread(x, 1000) for name, x in wall.items()},
+                   "cpu_ms": {name: spread(x, 1000) for name, x in cpu.items()},
+                   "images_per_s": {a: config.batch_size / np.median(x) for a, x in wall.items()},
+                   "ratios": {f"{a}/{b}": spread(fair[a] / fair[b])
+                              for a, b in pairs if a in names and b in names}}
 
-def bench(config: Config, device: torch.device, rounds: int = 30) -> dict[str, Any]:
+def bench(config: Config, device: torch.device, rounds: int = 40) -> dict[str, Any]:
     """All variants at the default size and at width 0.25, 128 px; growth."""
     names = ("detect", "classify", "fixed", "gradnorm", "textbook", "dual", "nchw")
-    large = dataclasses.replace(config, width_multiple=0.25, dual_width_multiple=0.25, imgsz=128)
+    large = replace(config, width_multiple=0.25, dual_width_multiple=0.25, imgsz=128)
     growth = [("tasks", t, config, t) for t in (2, 4, 8)]
     for key, values in (("imgsz", (64, 128, 256)), ("batch_size", (8, 16, 32, 64))):
-        growth += [(key, v, dataclasses.replace(config, **{key: v}), 2) for v in values]
-    few = max(5, rounds // 3)
-    total = 2 * (rounds + 2) + len(growth) * (few + 2)
-    with tqdm(total=total, unit="round", desc="bench", disable=None, leave=False) as bar:
+        growth += [(key, v, replace(config, **{key: v}), 2) for v in values]
+    with tqdm(unit="round", desc="bench", disable=None, leave=False) as bar:
         result = bench_case(config, device, rounds, bar, names)
         result["width_0.25_128px"] = bench_case(large, device, rounds, bar, names)
         result["growth"] = []
         for key, value, case, tasks in growth:
-            got = bench_case(case, device, few, bar, ("fixed", "gradnorm"), tasks)
+            got = bench_case(case, device, max(5, rounds // 3), bar, ("fixed", "gradnorm"), tasks)
             result["growth"].append({
                 "key": key, "value": value, "step_ms": got["step_ms"]["gradnorm"]["median"],
                 "images_per_s": got["images_per_s"]["gradnorm"],
@@ -1850,18 +1817,23 @@ def write_atomic(path: Path, content: Any) -> None:
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(clean(value), indent=1, allow_nan=False) + "\n")
 
-def number(x: Any, digits: int = 3) -> str:
+def cell(x: Any) -> str:
+    """A table's cell: text as it is, a number to three digits, an interval's mean and ends."""
+    if isinstance(x, dict):
+        ends = f" [{', '.join(map(cell, x['ci95']))}]" if x["ci95"] else ""
+        return cell(x["mean"]) + ends
+    if isinstance(x, (list, tuple)):
+        return " / ".join(map(cell, x))
     if x is None or x != x:
         return "n/a"
-    return f"{x:,.{0 if x == int(x) and abs(x) > 9 else digits}f}"
-
-def with_ci(mean: float, ci95: list | None, digits: int = 3) -> str:
-    ends = f" [{number(ci95[0], digits)}, {number(ci95[1], digits)}]" if ci95 else ""
-    return number(mean, digits) + ends
+    if isinstance(x, (str, bool)):
+        return str(x)
+    whole = x == int(x) and (isinstance(x, int) or abs(x) > 9)
+    return f"{x:,.{0 if whole or abs(x) >= 1000 else 1 if abs(x) >= 10 else 3}f}"
 
 def markdown(header: list[str], rows: list[list[Any]]) -> str:
     """An aligned Markdown table."""
-    cells = [header] + [[str(c) for c in row] for row in rows]
+    cells = [header] + [[cell(x) for x in row] for row in rows]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
@@ -1877,6 +1849,7 @@ def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any
     return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
 
 def save_figure(fig: Any, path: Path) -> None:
+    """Writes the figure as PNG, the same bytes for the same data, and closes it."""
     from matplotlib import pyplot
     buffer = io.BytesIO()
     fig.tight_layout()
@@ -1884,63 +1857,50 @@ def save_figure(fig: Any, path: Path) -> None:
     pyplot.close(fig)
     write_atomic(path, buffer.getvalue())
 
-def label_axis(ax: Any, title: str, xlabel: str = "") -> None:
+def label_axis(ax: Any, title: str, xlabel: str = "",
+               ylim: tuple = (None, None)) -> None:
+    """Names a panel, limits it, and shows a legend where its lines have labels."""
     ax.set_title(title, fontsize=9)
     ax.set_xlabel(xlabel)
+    ax.set_ylim(*ylim)
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
 
-def errorbars(ax: Any, x: Any, found: list[dict], **style: Any) -> None:
-    """Means with their 95 % intervals at x."""
-    mean = np.array([q["mean"] for q in found])
-    ends = np.array([q["ci95"] or [q["mean"]] * 2 for q in found])
-    ax.errorbar(x, mean, np.abs(ends.T - mean), capsize=3, marker="o", **style)
-
-def annotate(image: Image.Image, found: dict[str, Any], names: list[str],
-             title: str) -> Image.Image:
-    """The picture with its boxes and a title, enlarged to about 320 px where it is smaller."""
+def annotate(image: Image.Image, found: dict[str, Any], names: list[str]) -> Image.Image:
+    """The picture with its boxes and its class, enlarged to about 320 px where it is smaller."""
     zoom = max(1, round(320 / max(image.size)))
     sheet = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     palette = ("#ff5c5c", "#5cb3ff", "#7dff5c", "#ffd75c", "#e05cff", "#5cffe4")
-
-    def write(spot: tuple[float, float], text: str, colour: str) -> None:
-        draw.rectangle(draw.textbbox(spot, text, font=font), fill="black")
-        draw.text(spot, text, fill=colour, font=font)
-
+    title = (found["classification"] or {"name": ""})["name"]
+    notes = [((4, 4), title, "white")] if title else []
     for box in found["boxes"]:
         colour = palette[names.index(box["name"]) % len(palette)]
         x1, y1, x2, y2 = (v * zoom for v in box["box_xyxy"])
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
         score = f" {box['score']:.2f}" if "score" in box else ""
-        write((x1, max(0, y1 - 14)), box["name"] + score, colour)
-    if title:
-        write((4, 4), title, "white")
+        notes.append(((x1, max(0, y1 - 14)), box["name"] + score, colour))
+    for spot, text, colour in notes[::-1]:
+        draw.rectangle(draw.textbbox(spot, text, font=font), fill="black")
+        draw.text(spot, text, fill=colour, font=font)
     return sheet
-
-def truth_of(data: JointSet, i: int) -> dict[str, Any]:
-    """The labels of image i in the form of a Predictor's answer; px of the set's canvas."""
-    rows, scale = data.boxes[i], data.canvas[::-1] * 2
-    corners = cxcywh_to_xyxy(torch.from_numpy(rows[:, 1:])).numpy() * scale
-    boxes = [{"name": data.names[int(k)], "box_xyxy": c} for k, c in zip(rows[:, 0], corners)]
-    known = data.classification_names and data.labels[i] != NO_LABEL
-    name = {"name": data.classification_names[data.labels[i]]} if known else None
-    return {"boxes": boxes, "classification": name}
 
 def draw_curves(axes: Any, rows: list[dict]) -> None:
     """Weights, losses, gradient shares (means of 11 steps) and validation metrics of one run."""
-    smooth = lambda x: np.convolve(np.pad(x, 5, "edge"), np.ones(11) / 11, "valid")  # noqa: E731
     steps, tasks = [row["step"] for row in rows], [t for t in COLOURS if f"L/{t}" in rows[0]]
+
+    def line(ax: Any, task: str, values: list[float]) -> None:
+        smooth = np.convolve(np.pad(values, 5, "edge"), np.ones(11) / 11, "valid")
+        ax.plot(steps, smooth, color=COLOURS[task], label=TASK_NAMES[task])
+
     for task in tasks:
-        style = {"color": COLOURS[task], "label": TASK_NAMES[task]}
         L = [row[f"L/{task}"] for row in rows]
-        axes[0].plot(steps, [row[f"w/{task}"] for row in rows], **style)
+        axes[0].plot(steps, [row[f"w/{task}"] for row in rows], color=COLOURS[task])
         axes[1].plot(steps, L, color=COLOURS[task], alpha=0.2)
-        axes[1].plot(steps, smooth(L), **style)
+        line(axes[1], task, L)
         if "cosine" in rows[0]:
-            share = [row[f"G/{task}"] / max(sum(row[f"G/{u}"] for u in tasks), 1e-30)
-                     for row in rows]
-            axes[2].plot(steps, smooth(share), **style)
+            line(axes[2], task, [row[f"G/{task}"] / max(sum(row[f"G/{u}"] for u in tasks), 1e-30)
+                                 for row in rows])
     if "cosine" not in rows[0]:
         axes[2].text(0.1, 0.5, "no trunk is shared in this mode")
     curve = [(row["step"] + 1, row["val"]) for row in rows if "val" in row]
@@ -1948,42 +1908,55 @@ def draw_curves(axes: Any, rows: list[dict]) -> None:
         if task in tasks and curve[-1][1][metric] is not None:
             axes[3].plot(*zip(*[(s, v[metric]) for s, v in curve]), "o-", color=COLOURS[task],
                          label=f"{metric} {curve[-1][1][metric]:.3f}")
-    axes[2].set_ylim(0, 1)
-    axes[3].set_ylim(0, 1.02)
-    for ax, title in zip(axes, ("Task weights w", "Training losses L (unweighted)",
-                                "Share of the gradient at W, w n", "Validation")):
-        label_axis(ax, title, "step")
+    label_axis(axes[0], "Task weights w", "step")
+    label_axis(axes[1], "Training losses L (unweighted)", "step")
+    label_axis(axes[2], "Share of the gradient at W, w n", "step", (0, 1))
+    label_axis(axes[3], "Validation", "step", (0, 1.02))
 
-def draw_run(rows: list[dict], title: str, val_set: JointSet, predictor: Predictor,
+def draw_run(rows: list[dict], title: str, data: JointSet, predictor: Predictor,
              path: Path) -> None:
     """The figure of one run: its curves, and four validation images, truth above prediction."""
     fig, axes = panels(3, 4, (13, 9.5))
     draw_curves(axes[0], rows)
     for i, column in enumerate(axes[1:].T):
-        i %= len(val_set)
-        image = Image.fromarray(val_set.__getitems__([i]).images[0].permute(1, 2, 0).numpy())
-        for ax, what, word in zip(column, (truth_of(val_set, i), predictor.shown(image)),
-                                  ("truth", "predicted")):
-            ax.imshow(annotate(image, what, val_set.names, ""))
-            ax.set_title(": ".join([word, (what["classification"] or {}).get("name", "no class")]))
+        i %= len(data)
+        image = Image.fromarray(data.__getitems__([i]).images[0].permute(1, 2, 0).numpy())
+        truth = {"boxes": [{"name": data.names[int(k)], "box_xyxy": box}
+                           for k, *box in data.truth(i).tolist()], "classification": None}
+        if data.classification_names and data.labels[i] != NO_LABEL:
+            truth["classification"] = {"name": data.classification_names[data.labels[i]]}
+        found = predictor(image, predictor.config.predict_conf)
+        for ax, word, what in zip(column, ("truth", "predicted"), (truth, found)):
+            ax.imshow(annotate(image, what, data.names))
+            ax.set_title(word)
             ax.axis("off")
     fig.suptitle(title)
     save_figure(fig, path)
 
 def draw_compare(results: dict[str, Any], path: Path) -> None:
-    """One panel a metric: every seed a dot, mean and 95 % interval beside it, mode by mode."""
+    """A panel for each metric: seeds as dots, mean and 95 % interval of each mode (at each value).
+    """
     shown = {"mAP50": "Detection: mAP50", "mAP50-95": "Detection: mAP50-95",
              "balanced_accuracy": "Classification: balanced accuracy",
              "delta_m": "Change against single task, %\n(mean of both tasks, up is better)",
              "step_ms": "Step time, ms"}
-    fig, axes = panels(1, len(shown), (15, 3.4))
-    for ax, (metric, title) in zip(axes[0], shown.items()):
-        have = {mode: q[metric] for mode, q in results["modes"].items() if metric in q}
-        for x, q in enumerate(have.values()):
-            ax.plot([x + 0.15] * len(q["per_seed"]), q["per_seed"], ".", color="0.6", ms=5)
-        errorbars(ax, np.arange(len(have)) - 0.1, list(have.values()), ls="none", color="#1f77b4")
-        ax.set_xticks(range(len(have)), have, rotation=40, ha="right")
-        label_axis(ax, title)
+    have = [m for m in shown if any(m in q for q in results["modes"].values())]
+    fig, axes = panels(1, len(have), (3 * len(have), 3.4))
+    for ax, metric in zip(axes[0], have):
+        lines = {}  # mode -> [(where, quantity)], one line a mode where a key was swept
+        for label, q in results["modes"].items():
+            mode, _, value = label.partition(" ")
+            if metric in q:
+                lines.setdefault(mode, []).append((value or mode, q[metric]))
+        for mode, line in lines.items():
+            x, mean = [at for at, _ in line], np.array([q["mean"] for _, q in line])
+            ends = np.array([q["ci95"] or [q["mean"]] * 2 for _, q in line])
+            ax.errorbar(x, mean, np.abs(ends.T - mean), capsize=3, marker="o",
+                        label=mode if x != [mode] else None)
+            for at, q in line:
+                ax.plot([at] * len(q["per_seed"]), q["per_seed"], ".", color="0.6", ms=4)
+        ax.tick_params("x", rotation=40)
+        label_axis(ax, shown[metric])
     save_figure(fig, path)
 
 def draw_smoke(runs: dict[str, list], path: Path) -> None:
@@ -1996,123 +1969,98 @@ def draw_smoke(runs: dict[str, list], path: Path) -> None:
             for i, run in enumerate(runs[rule]):
                 ax.plot(run["w"][:, k], color=COLOURS[task], alpha=0.5,
                         label=f"w, {TASK_NAMES[task]}" if i == 0 else None)
-        ax.set_ylim(-0.1, 4.1)
-        label_axis(ax, title, "step")
+        label_axis(ax, title, "step", (-0.1, 4.1))
         axes[0, 2].plot(np.mean([run["loss"] for run in runs[rule]], 0), label=rule)
-    title = "Total loss, mean over seeds:\nit follows the sum of the weights"
-    label_axis(axes[0, 2], title, "step")
-    save_figure(fig, path)
-
-def draw_sweep(results: dict[str, Any], path: Path) -> None:
-    """Metrics over the values of one key, a line for each mode, with intervals over seeds."""
-    metrics = [m for m in METRICS if any(m in row for row in results["rows"])]
-    fig, axes = panels(1, len(metrics), (4 * len(metrics), 3.2))
-    values = list(dict.fromkeys(str(row["value"]) for row in results["rows"]))
-    for ax, metric in zip(axes[0], metrics):
-        for mode in dict.fromkeys(row["mode"] for row in results["rows"] if metric in row):
-            found = [row[metric] for row in results["rows"] if row["mode"] == mode]
-            errorbars(ax, range(len(found)), found, label=mode)
-        ax.set_xticks(range(len(values)), values)
-        label_axis(ax, metric, results["key"])
+    label_axis(axes[0, 2], "Total loss, mean over seeds:\nit follows sum(w)", "step")
     save_figure(fig, path)
 
 def draw_bench(results: dict[str, Any], path: Path) -> None:
     """Ratios of step times at two sizes; throughput over tasks, image size and batch."""
     fig, axes = panels(1, 4, (14, 3.2))
-    for k, part in enumerate((results, results["width_0.25_128px"])):
+    for k, (label, part) in enumerate((("default size", results),
+                                       ("width 0.25, 128 px", results["width_0.25_128px"]))):
         x = np.arange(len(part["ratios"])) + 0.4 * k
-        axes[0, 0].bar(x, [q["median"] for q in part["ratios"].values()], 0.38,
-                       label=("default size", "width 0.25, 128 px")[k])
+        axes[0, 0].bar(x, [q["median"] for q in part["ratios"].values()], 0.38, label=label)
         axes[0, 0].set_xticks(x - 0.2, part["ratios"], rotation=40, ha="right")
     axes[0, 0].axhline(1, color="0.3", lw=0.8)
     label_axis(axes[0, 0], "Ratio of step times, median")
     for ax, key in zip(axes[0, 1:], ("tasks", "imgsz", "batch_size")):
         rows = [row for row in results["growth"] if row["key"] == key]
         ax.plot([str(row["value"]) for row in rows], [row["images_per_s"] for row in rows], "o-")
-        ax.set_ylim(0)
-        label_axis(ax, "gradnorm: images/s", key)
+        label_axis(ax, "gradnorm: images/s", key, (0, None))
     save_figure(fig, path)
 
 def report_run(results: dict[str, Any]) -> str:
     """The closing table of one training run."""
     val, weights, times = results["val"], results["weights"], results["time"]
-    join = lambda values: " / ".join(map(number, values))  # noqa: E731
-    rows = [[m, number(val[m])] for m in METRICS if val[m] is not None]
+    rows = [[m, val[m]] for m in METRICS if val[m] is not None]
     for kind, each in val["per_class"].items():
-        rows += [[f"{kind} {name}", number(v)] for name, v in each.items()]
-    rows += [["weights, first", join(weights["initial"])],
-             ["weights, final", join(weights["final"])],
-             ["loss, mean / last epoch", join(results["loss"].values())]]
-    for key, value in (results["interference"] or {}).items():
-        rows.append([key, join(value.values()) if isinstance(value, dict) else number(value)])
-    rows += [["parameters", number(results["parameters"]["total"])],
+        rows += [[f"{kind} {name}", v] for name, v in each.items()]
+    rows += [["weights, first", weights["initial"]], ["weights, final", weights["final"]],
+             ["loss, mean / last epoch", list(results["loss"].values())]]
+    rows += [[key, list(v.values()) if isinstance(v, dict) else v]
+             for key, v in (results["interference"] or {}).items()]
+    rows += [["parameters", results["parameters"]["total"]],
              ["training", f"{times['train_s']:.1f} s, {times['step_ms']:.1f} ms a step"]]
     return markdown([f"{results['mode']}, seed {results['seed']}", "value"], rows)
 
 def report_compare(results: dict[str, Any]) -> str:
-    """Three Markdown tables: modes with intervals, paired differences, claims with verdicts."""
-    digits = dict.fromkeys(METRICS, 3) | {"delta_m": 1, "mean_rank": 1, "steps_to_90_det": 0,
-                                          "steps_to_90_cls": 0, "step_ms": 1, "parameters": 0,
-                                          "flops_per_image": 0, "peak_rss_mb": 0}
-    rows = [[mode, *(with_ci(q[c]["mean"], q[c]["ci95"], d) if c in q else "n/a"
-                     for c, d in digits.items())] for mode, q in results["modes"].items()]
-    text = f"n = {len(results['seeds'])} seeds; mean [95 % interval]\n\n"
-    text += markdown(["mode", *digits], rows)
-    rows = [[r["mode"], r["versus"], r["metric"], with_ci(r["delta"], r["ci95"]), f"{r['p']:.4f}"]
-            for r in results["paired"]]
-    text += "\nPaired over seeds\n\n" + markdown(
-        ["mode", "versus", "metric", "difference [95 %]", "p"], rows)
-    return text + "\nClaims of the report\n\n" + report_claims(results["claims"])
+    """Markdown tables: modes with intervals, their cost and gradients, paired, claims."""
+    text = f"n = {len(results['seeds'])} seeds; mean [95 % interval]\n"
+    have = list(dict.fromkeys(key for q in results["modes"].values() for key in q))
+    price = [key for key in have if key in ("step_ms", "parameters", "flops_per_image",
+                                            "peak_rss_mb")]
+    gradients = [key for key in have if "cosine" in key or key.startswith("gradient")
+                 or key in ("conflict_share", "magnitude_similarity")]
+    scores = [key for key in have if key not in price + gradients]
+    for columns in filter(None, (scores, price, gradients)):
+        rows = [[mode, *(q.get(c) for c in columns)] for mode, q in results["modes"].items()]
+        text += "\n" + markdown(["mode", *columns], rows)
+    if results["paired"]:
+        rows = [[r["mode"], r["versus"], r["metric"], {"mean": r["delta"], "ci95": r["ci95"]},
+                 r["p"]] for r in results["paired"]]
+        text += "\nPaired over seeds\n\n" + markdown(
+            ["mode", "versus", "metric", "difference [95 %]", "p"], rows)
+    if results["claims"]:
+        text += "\nClaims of the report\n\n" + report_claims(results["claims"])
+    return text
 
 def report_claims(claims: list[dict[str, Any]]) -> str:
     rows = [[c["id"], c["claim"], c["reported"],
-             f"{with_ci(c['measured'], c['ci95'], 2)} {c['unit']}", c["verdict"]] for c in claims]
+             cell({"mean": c["measured"], "ci95": c["ci95"]}) + f" {c['unit']}".rstrip(),
+             c["verdict"]] for c in claims]
     return markdown(["id", "claim", "reported", "measured [95 %]", "verdict"], rows)
 
 def report_smoke(results: dict[str, Any]) -> str:
     """The smoke test's numbers beside the report's, and in words why that rule collapses."""
-    rows = []
-    for check in results["checks"]:
-        published = results["rules"]["smoke_gradnorm"][check["name"]]
-        rows.append([check["name"], check["reported"], number(check["measured"]),
-                     " to ".join(map(number, check["range"])),
-                     {True: "yes", False: "NO", None: "machine"}[check["ok"]],
-                     with_ci(published["mean"], published["ci95"])])
-    ratio = number(results["gradient_ratio"]["mean"], 2)
+    word = {True: "yes", False: "NO", None: "machine"}
+    rows = [[c["name"], c["reported"], c["measured"], c["range"], word[c["ok"]],
+             results["rules"]["smoke_gradnorm"][c["name"]]] for c in results["checks"]]
     return markdown(["number", "reported", "measured", "range over seeds", "ok",
                      "under GradNorm as published"], rows) + f"""
 Why the report's rule collapses: its norms are those of the unweighted losses, so the weights never
 feed back, and every update multiplies w_det / w_cls by g_cls / g_det. That ratio of output
-gradients, mean cross-entropy over mean BCE, is {ratio} here whatever the tasks' difficulty, and it
+gradients, mean cross-entropy over mean BCE, is {cell(results["gradient_ratio"]["mean"])} here \
+whatever the tasks' difficulty, and it
 compounds. Dividing by the mean and multiplying by T makes the weights sum to T^2 = 4, all of
 which ends on classification, while the detector is no longer trained.
 
 """ + report_claims(results["claims"])
 
-def report_sweep(results: dict[str, Any]) -> str:
-    columns = list(dict.fromkeys(c for row in results["rows"] for c in list(row)[2:]))
-    rows = [[row["value"], row["mode"],
-             *(with_ci(row[c]["mean"], row[c]["ci95"]) if c in row else "n/a" for c in columns)]
-            for row in results["rows"]]
-    return markdown([results["key"], "mode", *columns], rows)
-
 def report_bench(results: dict[str, Any]) -> str:
     """Markdown tables of step times and ratios at both sizes, and of growth."""
     text, spread = "", ("median", "min", "max")
+    throughput = ("images_per_s", "inference_images_per_s", "flops_per_image")
     for title, part in (("Default size", results),
                         ("Width 0.25, 128 px", results["width_0.25_128px"])):
-        rows = [[name, *(number(t[k], 1) for k in spread),
-                 number(part["cpu_ms"][name]["median"], 1),
-                 *(number(part[key][name], 0) for key in ("images_per_s", "inference_images_per_s",
-                                                         "flops_per_image"))]
-                for name, t in part["step_ms"].items()]
+        rows = [[name, *(t[k] for k in spread), part["cpu_ms"][name]["median"],
+                 *(part[key][name] for key in throughput)] for name, t in part["step_ms"].items()]
         text += f"{title}\n\n" + markdown(
-            ["variant", "step ms, median", "min", "max", "CPU ms", "training images/s",
-             "inference images/s", "FLOPs an image"], rows)
-        rows = [[name, *(number(r[k]) for k in spread)] for name, r in part["ratios"].items()]
+            ["variant", "step ms, median", "min", "max", "CPU ms", *throughput], rows)
+        rows = [[name, *(r[k] for k in spread)] for name, r in part["ratios"].items()]
         text += "\n" + markdown(["ratio", *spread], rows) + "\n"
-    rows = [[g["key"], g["value"], number(g["step_ms"], 1), number(g["images_per_s"], 0),
-             number(g["gradnorm/fixed"])] for g in results["growth"]]
+    rows = [[g[k] for k in ("key", "value", "step_ms", "images_per_s", "gradnorm/fixed")]
+            for g in results["growth"]]
     return text + markdown(["grows", "value", "gradnorm step ms", "images/s", "gradnorm/fixed"],
                            rows)
 
@@ -2170,7 +2118,10 @@ def save_epoch(run: Run, rows: list[dict], train_set: JointSet, out: Path) -> No
     for name in ["best.pt"] * better + ["last.pt"]:
         write_atomic(out / name, state)
 
-def run_training(config: Config, out: Path, resume: bool) -> None:
+def data_name(config: Config) -> str:
+    return "synthetic" if config.data == "synthetic" else Path(config.data).resolve().parent.name
+
+def run_training(config: Config, out: Path, resume: bool) -> int:
     """Trains, saving log and checkpoint each epoch; then results.json, figure and closing table."""
     device = pick_device(config.device)
     train_set, val_set = load_data(config)
@@ -2191,26 +2142,47 @@ def run_training(config: Config, out: Path, resume: bool) -> None:
         draw_run(rows, title, val_set, Predictor(out / "last.pt"), out / "figure.png")
         write_json(out / "results.json", results)
         print(f"{report_run(results)}\nwritten to {out}/: {', '.join(sorted(os.listdir(out)))}")
+    return 0
 
-def data_name(config: Config) -> str:
-    return "synthetic" if config.data == "synthetic" else Path(config.data).resolve().parent.name
-
-def run_compare(config: Config, seeds: list[int], out: Path, jobs: int) -> dict[str, Any]:
-    """Every mode over the seeds, with statistics and verdicts; writes and prints the tables."""
-    cells = {(mode, seed): dataclasses.replace(config, mode=mode, seed=seed)
-             for seed in seeds for mode in MODES}
-    warn(load_data(config))  # faults in the data are told once, before the first run
-    table = quantities(run_grid(cells, out / "runs", jobs), list(MODES), seeds)
-    smoke, _ = smoke_quantities(range(10))
-    claims = judge(read_yaml(ROOT / "data" / "reported.yaml")["claims"], table | smoke)
-    modes = {mode: {key: interval(v) for key, v in q.items()} for mode, q in table.items()}
-    results = clean({"schema": "jointgrad/1", "mode": "compare", "seeds": seeds,
-                     "config": dataclasses.asdict(config), "modes": modes, "paired": paired(table),
-                     "claims": claims, "environment": environment(pick_device(config.device))})
+def publish(results: dict[str, Any], report: Any, out: Path) -> dict[str, Any]:
+    """Writes results.json and the report as Markdown, prints it; the results as JSON has them."""
+    results = clean({"schema": "jointgrad/1"} | results)
     write_json(out / "results.json", results)
-    write_atomic(out / "compare.md", report_compare(results))
+    write_atomic(out / f"{results['mode']}.md", report(results))
+    print(report(results))
+    return results
+
+def sweep_cells(config: Config, spec: str, modes: tuple[str, ...]) -> dict[str, Config]:
+    """Each mode at each value of a swept key, {"mode key=value": config}; without one, by mode."""
+    key, _, text = (spec or "mode=").partition("=")
+    if not spec:
+        return {mode: replace(config, mode=mode) for mode in modes}
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except YAML_ERRORS as error:
+        raise UserError(f"--sweep {spec[:80]}: expected key=v1,v2, as in alpha=0,1.5") from error
+    if key in ("alpha", "gradnorm_lr", "w_min") and "gradnorm" not in modes:
+        raise UserError(f"--sweep {key}: only --mode gradnorm has it; other modes do not use it")
+    return {f"{mode} {key}={str(value).replace(' ', '')}": make_config(
+        dataclasses.asdict(config) | {key: value, "mode": mode}, "--sweep")
+        for value in values for mode in modes}
+
+def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: str = "",
+                modes: tuple[str, ...] = MODES) -> dict[str, Any]:
+    """Modes (at the values of a key) over the seeds, with statistics and verdicts; the results."""
+    labels = sweep_cells(config, spec, modes)
+    cells = {(label, seed): replace(of_label, seed=seed)
+             for seed in seeds for label, of_label in labels.items()}
+    warn(load_data(config))  # faults in the data are told once, before the first run
+    table = quantities(run_grid(cells, out / "runs", jobs), list(labels), seeds)
+    known = table if spec else table | smoke_quantities(range(10))[0]
+    results = publish({
+        "mode": "sweep" if spec else "compare", "sweep": spec, "seeds": seeds,
+        "config": dataclasses.asdict(config), "paired": paired(table),
+        "modes": {mode: {key: interval(v) for key, v in q.items()} for mode, q in table.items()},
+        "claims": judge(read_yaml(ROOT / "data" / "reported.yaml")["claims"], known),
+        "environment": environment(pick_device(config.device))}, report_compare, out)
     draw_compare(results, out / "figure.png")
-    print(report_compare(results))
     return results
 
 def run_check(path: Path, out: Path, jobs: int) -> int:
@@ -2225,7 +2197,7 @@ def run_check(path: Path, out: Path, jobs: int) -> int:
     for mode, metric, q in wanted:
         mean, (low, high) = measured[mode][metric]["mean"], q["ci95"] or [q["mean"]] * 2
         verdict = "ok" if low - 1e-9 <= mean <= high + 1e-9 else "OUTSIDE"
-        rows.append([mode, metric, with_ci(q["mean"], q["ci95"]), number(mean), verdict])
+        rows.append([mode, metric, q, mean, verdict])
     print(markdown(["mode", "metric", "recorded", "measured", "verdict"], rows))
     return int(any(row[-1] == "OUTSIDE" for row in rows))
 
@@ -2235,54 +2207,16 @@ def run_reproduce(out: Path) -> int:
     table, runs = smoke_quantities(range(10))
     rules = {rule: {key: interval(v) for key, v in q.items()} for rule, q in table.items()}
     checks = check_smoke(reported["smoke_test"], table["smoke_report"])
-    results = clean({"schema": "jointgrad/1", "mode": "reproduce", "checks": checks, "rules": rules,
-                     "gradient_ratio": rules["smoke_report"]["gradient_ratio"],
-                     "claims": judge(reported["claims"], table)})
-    write_json(out / "results.json", results)
-    write_atomic(out / "reproduce.md", report_smoke(results))
+    publish({"mode": "reproduce", "checks": checks, "rules": rules,
+             "gradient_ratio": rules["smoke_report"]["gradient_ratio"],
+             "claims": judge(reported["claims"], table)}, report_smoke, out)
     draw_smoke(runs, out / "figure.png")
-    print(report_smoke(results))
     return int(any(check["ok"] is False for check in checks))
 
-def sweep_row(value: Any, mode: str, runs: list[dict]) -> dict[str, Any]:
-    row = {"value": value, "mode": mode}
-    row |= {m: interval([r["val"][m] for r in runs]) for m in METRICS
-            if runs[0]["val"][m] is not None}
-    for key in ("cosine_mean", "cosine_W_mean", "magnitude_similarity"):
-        if runs[0]["interference"]:
-            row[key] = interval([r["interference"][key] for r in runs])
-    if runs[0]["interference"]:
-        shares = [r["interference"]["gradient_share"]["det"] for r in runs]
-        row["gradient_share_det"] = interval(shares)
-    return row
-
-def run_sweep(config: Config, spec: str, modes: tuple[str, ...], seeds: list[int], out: Path,
-              jobs: int) -> None:
-    """Modes x values of one key x seeds; writes and prints one row for each value and mode."""
-    key, _, text = spec.partition("=")
-    try:
-        values = yaml.safe_load(f"[{text}]")
-    except YAML_ERRORS as error:
-        raise UserError(f"--sweep {spec[:80]}: expected key=v1,v2, as in alpha=0,1.5") from error
-    cells = {(key, k, mode, seed): make_config(
-        dataclasses.asdict(config) | {key: value, "mode": mode, "seed": seed}, "--sweep")
-        for k, value in enumerate(values) for mode in modes for seed in seeds}
-    runs = run_grid(cells, out / "runs", jobs)
-    rows = [sweep_row(value, mode, [runs[key, k, mode, seed] for seed in seeds])
-            for k, value in enumerate(values) for mode in modes]
-    results = clean({"schema": "jointgrad/1", "mode": "sweep", "key": key, "seeds": seeds,
-                     "config": dataclasses.asdict(config), "rows": rows})
-    write_json(out / "results.json", results)
-    write_atomic(out / "sweep.md", report_sweep(results))
-    draw_sweep(results, out / "figure.png")
-    print(report_sweep(results))
-
-def run_bench(config: Config, out: Path) -> None:
-    results = clean(bench(config, pick_device(config.device)))
-    write_json(out / "results.json", results)
-    write_atomic(out / "bench.md", report_bench(results))
+def run_bench(config: Config, out: Path) -> int:
+    results = publish(bench(config, pick_device(config.device)), report_bench, out)
     draw_bench(results, out / "figure.png")
-    print(report_bench(results))
+    return 0
 
 def predict_items(args: argparse.Namespace, predictor: Predictor) -> tuple[list, dict | None]:
     """(name, function that reads it) of each image to predict; the metrics of a labelled split."""
@@ -2294,7 +2228,7 @@ def predict_items(args: argparse.Namespace, predictor: Predictor) -> tuple[list,
             kinds = " ".join(sorted(SUFFIXES))
             raise UserError(f"--source {source}: no image here; expected {kinds}")
         return [(str(file), partial(read_image, file)) for file in files], None
-    config = dataclasses.replace(predictor.config, data=args.data or predictor.config.data)
+    config = replace(predictor.config, data=args.data or predictor.config.data)
     _, data = load_data(config)
     if (data.names, data.classification_names) != (predictor.names, predictor.classification_names):
         raise UserError(f"--data {config.data}: not the classes that {args.checkpoint} learnt")
@@ -2303,7 +2237,7 @@ def predict_items(args: argparse.Namespace, predictor: Predictor) -> tuple[list,
         return [(str(path), partial(read_image, path)) for path in data.paths], metrics
     return [(f"val-{i}", partial(Image.fromarray, p)) for i, p in enumerate(data.pixels)], metrics
 
-def run_predict(args: argparse.Namespace, out: Path) -> None:
+def run_predict(args: argparse.Namespace, out: Path) -> int:
     """Annotated pictures and predictions.json, of an image, a folder, or a set's val split."""
     if not args.checkpoint:
         raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt")
@@ -2313,20 +2247,21 @@ def run_predict(args: argparse.Namespace, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for k, (name, read) in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
         image = read()
-        found, picture = predictor.shown(image), f"{k:05d}.png"  # never a name from a file
-        title = found["classification"]["name"] if found["classification"] else ""
-        annotate(image, found, predictor.names, title).save(out / picture)
+        found = predictor(image, predictor.config.predict_conf)
+        picture = f"{k:05d}.png"  # never a name from a file
+        annotate(image, found, predictor.names).save(out / picture)
         results["images"].append({"image": name, "picture": picture} | found)
     write_json(out / "predictions.json", results)
     if metrics:
-        print(markdown(["metric", "value"], [[m, number(metrics[m])] for m in METRICS]))
+        print(markdown(["metric", "value"], [[m, metrics[m]] for m in METRICS]))
     print(f"{len(items)} picture(s) and predictions.json written to {out}/")
+    return 0
 
-def export(config: Config, folder: Path) -> None:
+def export(config: Config, folder: Path) -> int:
     """The synthetic set as files in the joint format, for any other trainer."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(f"--export {folder}: exists and is not an empty folder; give a new one")
-    splits = load_data(dataclasses.replace(config, data="synthetic"))
+    splits = load_data(replace(config, data="synthetic"))
     for split, data in zip(("train", "val"), splits):
         for i, (pixels, boxes, label) in enumerate(zip(data.pixels, data.boxes, data.labels)):
             image = folder / "images" / split / f"{i:05d}.png"
@@ -2339,10 +2274,11 @@ def export(config: Config, folder: Path) -> None:
             "names": list(JETS), "classification_names": list(VIEWS)}
     write_atomic(folder / "data.yaml", yaml.safe_dump(spec, sort_keys=False))
     print(f"{config.train_images} train and {config.val_images} val images written to {folder}/")
+    return 0
 
-def report_data(config: Config) -> None:
+def report_data(config: Config) -> int:
     """Counts of a data set by split and class, its canvas and anchors; faults end it before."""
-    splits = load_data(dataclasses.replace(config, cache_mb=0))
+    splits = load_data(replace(config, cache_mb=0))
     warn(splits)
     train = splits[0]
     labels = {name: k for k, name in enumerate(train.classification_names)} | {"none": NO_LABEL}
@@ -2354,6 +2290,7 @@ def report_data(config: Config) -> None:
     if boxes[0]:
         sizes = np.concatenate([b[:, 3:] for b in train.boxes]) * train.canvas[::-1]
         print("anchors, px:", np.round(fit_anchors(sizes)).astype(int).tolist())
+    return 0
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -2364,7 +2301,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="synthetic, or the data.yaml of a joint YOLO set")
     add("--config", type=Path, default=ROOT / "config.yaml", help="settings laid over config.yaml")
     add("--seed", type=int, help="seed of one run")
-    add("--seeds", type=int, nargs="+", metavar="N", help="for compare, --sweep (default: 0 to 5)")
+    add("--seeds", type=int, nargs="+", metavar="N", default=[*range(6)],
+        help="for compare, --sweep (default: 0 to 5)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--out", type=Path, help="folder of the results (default: runs/<mode>-<data>-s<seed>)")
     add("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
@@ -2378,8 +2316,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--source", help="predict: an image or a folder, in place of the data's val split")
     return parser.parse_args(argv)
 
-def prepare(args: argparse.Namespace) -> tuple[Config, list[int], Path]:
-    """Config, seeds and output folder from the arguments; sets threads and determinism."""
+def prepare(args: argparse.Namespace) -> tuple[Config, Path]:
+    """Config and output folder from the arguments; sets threads and determinism."""
     if args.resume and not (args.resume / "config.yaml").is_file():
         raise UserError(f"--resume {args.resume}: no config.yaml; expected a run's folder")
     config = load_config(args.resume / "config.yaml" if args.resume else args.config, args.set,
@@ -2388,7 +2326,7 @@ def prepare(args: argparse.Namespace) -> tuple[Config, list[int], Path]:
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
-    seeds = list(range(6)) if args.seeds is None else args.seeds
+    seeds = args.seeds
     if len(seeds) > 12 or len(set(seeds)) < len(seeds) or min(seeds) < 0 or args.jobs < 1:
         raise UserError("--seeds, --jobs: expected at most 12 different seeds from 0 up, 1 job")
     name = "sweep" if args.sweep else "compare" if args.check else args.mode or config.mode
@@ -2396,31 +2334,22 @@ def prepare(args: argparse.Namespace) -> tuple[Config, list[int], Path]:
     out = args.resume or args.out or Path("runs") / "-".join(parts)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
-    return config, seeds, out
+    return config, out
 
 def dispatch(args: argparse.Namespace) -> int:
     """Does what the arguments ask for; the exit code."""
-    config, seeds, out = prepare(args)
+    config, out = prepare(args)
     if args.export:
-        export(config, args.export)
-    elif args.check:
+        return export(config, args.export)
+    if args.check:
         return run_check(args.check, out, args.jobs)
-    elif args.sweep:
+    if args.sweep or args.mode == "compare":
         modes = MODES if args.mode == "compare" else (config.mode,)
-        run_sweep(config, args.sweep, modes, seeds, out, args.jobs)
-    elif args.mode == "compare":
-        run_compare(config, seeds, out, args.jobs)
-    elif args.mode == "reproduce":
-        return run_reproduce(out)
-    elif args.mode == "bench":
-        run_bench(config, out)
-    elif args.mode == "predict":
-        run_predict(args, out)
-    elif args.mode == "check":
-        report_data(config)
-    else:
-        run_training(config, out, bool(args.resume))
-    return 0
+        run_compare(config, args.seeds, out, args.jobs, args.sweep, modes)
+        return 0
+    jobs = {"reproduce": partial(run_reproduce, out), "bench": partial(run_bench, config, out),
+            "predict": partial(run_predict, args, out), "check": partial(report_data, config)}
+    return jobs.get(args.mode, partial(run_training, config, out, bool(args.resume)))()
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""

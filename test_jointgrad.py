@@ -174,7 +174,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
 @pytest.mark.parametrize("content, match", [
     (BOMB, "aliases"), ("# " + "x" * 2**20, "larger than 1 MB"),
     ("lr: 1\n".encode("utf-16"), "not UTF-8"), (b"lr: \xff\n", "not UTF-8"),
-    ("lr: [1", "not plain YAML"), ("a: b: c", ":1: not plain YAML"), ("lr: \0", "not plain YAML"),
+    ("lr: [1", "not plain YAML"), ("a: b: c", ":1: not plain YAML"), ("lr: \0", "zero bytes"),
     ("", "key: value"), ("- 1", "key: value"), ("? [a]\n: 1", "YAML|unknown"),
     pytest.param("lr: " + "[" * 1200, "1000 brackets", id="deep"),
     ("seed: 2020-99-99", "not plain YAML"), ("seed: !!bool x", "not plain YAML"),
@@ -395,7 +395,7 @@ def test_bad_row_is_an_error_with_file_and_line(row, match):
 def test_second_image_class_is_an_error_and_the_first_row_may_be_the_class():
     assert labels_of(f"0 0 1\n\n{BOX}\n")[1:3] == (2, [])
     errors = labels_of(f"0 0 1\n{BOX}\n0 0 1\n1 0 0\n")[2]
-    assert len(errors) == 1 and re.search("f.txt:3: .*second image class", errors[0])
+    assert len(errors) == 2 and re.search("f.txt:3: .*second image class", errors[0])
 
 
 def test_class_row_without_image_classes_is_an_error():
@@ -527,7 +527,7 @@ def test_train_may_be_a_list_file_or_a_list_of_folders(tmp_path):
 @pytest.mark.parametrize("line, match", [
     ("../secret.png", "outside|cannot be read"), ("/etc/hostname", "outside"),
     ("images/train/no.png", "cannot be read"), ("images/train/x.jpg", "expected an image file"),
-    ("a\0b", "cannot be read|not|no "), ("b" * 300 + ".png", "cannot be read"),
+    ("a\0b", "zero bytes"), ("b" * 300 + ".png", "cannot be read"),
     ("labels/train/a.txt", "expected an image file"),
 ])
 def test_bad_line_of_a_list_file_is_a_user_error(tmp_path, line, match):
@@ -2216,7 +2216,7 @@ def test_two_runs_agree_at_any_thread_count_and_batch(tmp_path, threads, batch_s
 
 
 @pytest.mark.parametrize("setting, match", [
-    ("epochs=0", "config key epochs: found '0'"), ("epoch=3", "did you mean 'epochs'"),
+    ("epochs=0", "config key epochs: found 0"), ("epoch=3", "did you mean 'epochs'"),
     ("lr", "expected key=value"), ("data=no/such.yaml", "no/such.yaml: cannot be read"),
     ("epochs=2020-99-99", "epochs"), ("data=/etc", "cannot be read")])
 def test_bad_setting_is_one_line_and_writes_nothing(tmp_path, capsys, setting, match):
