@@ -42,6 +42,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import gc
 import io
 import itertools
 import json
@@ -663,16 +664,13 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 
-def box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+def box_iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
     """Intersection over union (N, M) of all pairs of boxes (N, 4) and (M, 4)."""
-    ax1, ay1, ax2, ay2 = a_xyxy[:, :, None].unbind(1)  # each (N, 1)
-    bx1, by1, bx2, by2 = b_xyxy.unbind(1)
-    # In place where it can be: at 512 boxes an image, allocation is half of evaluation's time.
-    width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
-    height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
-    overlap = width.mul_(height)
-    union = ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)).sub_(overlap)
-    return overlap.div_(union.add_(1e-7))
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a_xyxy.T[:, :, None], b_xyxy.T
+    width, height = (np.minimum(ax2, bx2) - np.maximum(ax1, bx1),
+                     np.minimum(ay2, by2) - np.maximum(ay1, by1))  # (N, M)
+    overlap = np.maximum(width, 0) * np.maximum(height, 0)
+    return overlap / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap + 1e-7)
 
 def ciou(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
     """Complete IoU (K,) of pairs of boxes (K, 4): IoU - distance^2 / diagonal^2 - alpha v."""
@@ -721,24 +719,23 @@ def decode(logits: Tensor, cell: Tensor, anchor: Tensor, stride: Tensor | int) -
     p = 2 * logits[..., :4].sigmoid()
     return torch.cat([(p[..., :2] - 0.5 + cell) * stride, p[..., 2:].square() * anchor], -1)
 
-def suppress(boxes_xyxy: Tensor, classes: Tensor, iou_thres: float) -> Tensor:
-    """Which boxes (n, 4), best first, greedy non-maximum suppression keeps: (n,) bool.
+def suppress(boxes_xyxy: np.ndarray, classes: np.ndarray, iou_thres: float) -> np.ndarray:
+    """Which boxes (n, 4), best first, non-maximum suppression keeps: (n,) bool.
 
-    A box stays if no kept box of its class before it overlaps it more than iou_thres. Repeating
-    that for all boxes at once settles, after n rounds at most, on what the greedy loop keeps.
+    Greedy: a box stays if no kept box of its class before it overlaps it more than iou_thres.
     """
-    keep = torch.zeros_like(classes, dtype=torch.bool)
-    for k in classes.unique():  # class by class: small matrices stay in the processor's cache
-        at = (classes == k).nonzero()[:, 0]
-        over = box_iou(boxes_xyxy[at], boxes_xyxy[at]) > iou_thres
-        over = over.triu(1).float()  # (m, m): row i suppresses column j > i
-        kept, before = torch.ones(len(at), device=at.device), None
-        while before is None or not torch.equal(kept, before):
-            before, kept = kept, (kept @ over == 0).float()  # as a product ten times any()'s speed
-        keep[at] = kept.bool()
+    keep = np.ones(len(classes), bool)
+    for k in np.unique(classes):  # class by class: small matrices stay in the processor's cache
+        at = np.flatnonzero(classes == k)
+        apart = box_iou(boxes_xyxy[at], boxes_xyxy[at]) <= iou_thres  # (m, m)
+        kept = np.ones(len(at), bool)
+        for i in range(len(at)):
+            if kept[i]:
+                kept[i + 1:] &= apart[i, i + 1:]
+        keep[at] = kept
     return keep
 
-def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[Tensor]:
+def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.ndarray]:
     """Detections of each image: (n, 6) x1 y1 x2 y2 px, score, class; best first, max_det."""
     logits, found = flatten_levels(raw), []
     boxes = cxcywh_to_xyxy(decode(logits, *prediction_grid(raw, anchors)))
@@ -746,10 +743,11 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[Tenso
     scores = (logits[..., 4:5].sigmoid() * logits[..., 5:].sigmoid()).flatten(1)  # (B, A C)
     # Departs from YOLOv5 (30,000 candidates): because few images hold hundreds of objects.
     scores, order = scores.topk(min(512, scores.shape[1]), dim=1)
-    for image_boxes, image_scores, image_order in zip(boxes, scores, order):
-        valid = image_scores > config.conf_thres
-        row, classes = image_order[valid] // num_classes, image_order[valid] % num_classes
-        rows = torch.cat([image_boxes[row], image_scores[valid][:, None], classes[:, None]], 1)
+    for boxes_i, scores_i, order_i in zip(*(x.float().cpu().numpy() for x in (boxes, scores)),
+                                          order.cpu().numpy()):
+        valid = scores_i > config.conf_thres
+        row, classes = order_i[valid] // num_classes, order_i[valid] % num_classes
+        rows = np.column_stack([boxes_i[row], scores_i[valid], classes.astype(np.float32)])
         found.append(rows[suppress(rows[:, :4], classes, config.iou_thres)][:config.max_det])
     return found
 
@@ -1066,7 +1064,7 @@ class GradNorm:
     @torch.no_grad()
     def update(self, L: Tensor, n: Tensor) -> Tensor:
         """The next w (T,), from losses L (T,) and the norms n (T,) at W of their own gradients."""
-        T, labelled = len(self.w), ((L > 0) & (n > 0)).all()
+        T, labelled = len(self.w), (torch.minimum(L, n) > 0).all()
         self.L0 = torch.where(self.L0 > 0, self.L0, L)
         L_tilde = L / self.L0.clamp(min=1e-12)
         r = self.r = L_tilde / L_tilde.mean().clamp(min=1e-12)
@@ -1074,7 +1072,7 @@ class GradNorm:
         target = G.mean() * r**self.alpha  # a constant: L_grad is not differentiated through it
         dL_grad_dw = torch.sign(G - target) * n
         # Departs from the paper (all tasks have labels): because without labels nothing is known.
-        self.w.grad = torch.where(labelled, dL_grad_dw, torch.zeros_like(n))
+        self.w.grad = dL_grad_dw * labelled
         self.optimizer.step()
         # Departs from the paper (w <- w T / sum(w)): because w goes negative; w_min = 0 gives that.
         above = (self.w - self.w_min).clamp(min=1e-12)
@@ -1095,13 +1093,12 @@ class GradNorm:
 # --------------------------------------------------------------------------------------------------
 
 class Signals(NamedTuple):
-    """What a backward pass tells; the last four are None where a network has one task."""
+    """What a backward pass tells; all but L are None where a network has one task."""
 
     L: Tensor  # losses (T,)
-    n: Tensor | None = None  # norms (T,) at W
-    cosine: Tensor | None = None  # at P3, mean over pairs of tasks
-    cosine_W: Tensor | None = None  # at W
-    similarity: Tensor | None = None  # of magnitudes at P3: 2ab / (a^2 + b^2)
+    n: Tensor | None = None  # norms (T,) at W of the unweighted losses' gradients
+    gram_P3: Tensor | None = None  # inner products (T, T) of the weighted gradients at P3
+    gram_W: Tensor | None = None  # and at W
 
 def mean_over_ranks(x: Tensor) -> Tensor:
     """x, averaged over the processes of a distributed run; unchanged in a run of one process."""
@@ -1110,14 +1107,14 @@ def mean_over_ranks(x: Tensor) -> Tensor:
         x /= torch.distributed.get_world_size()
     return x
 
-def similarities(grams: Tensor) -> tuple[Tensor, Tensor]:
+def similarities(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and magnitude similarity 2ab / (a^2 + b^2), means over pairs of tasks: each (...,).
 
-    grams: (..., T, T), the inner products of the tasks' gradients.
+    gram: (..., T, T), the inner products of the tasks' gradients.
     """
-    T, squares = grams.shape[-1], grams.diagonal(dim1=-2, dim2=-1)
+    T, squares = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
     ab = (squares[..., None] * squares[..., None, :]).sqrt()
-    cosine = grams / ab.clamp(min=1e-30)
+    cosine = gram / ab.clamp(min=1e-30)
     similarity = 2 * ab / (squares[..., None] + squares[..., None, :]).clamp(min=1e-30)
     above = torch.stack([cosine, similarity]).triu(1)  # each pair once
     return (above.sum((-2, -1)) / (T * (T - 1) / 2)).unbind()
@@ -1147,9 +1144,8 @@ def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     # Flat in channels_last order, where that needs no copy.
     grad_P3 = torch.stack([g_i.permute(0, 2, 3, 1).reshape(-1) for g_i in g]).to(L)
     with torch.autocast(L.device.type, enabled=False):  # products need their digits
-        grams = torch.stack([grad_P3 @ grad_P3.T, grad_W @ grad_W.T])  # (2, T, T)
-    cosine, similarity = similarities(grams)
-    return Signals(L, grams[1].diagonal().sqrt() / w, cosine[0], cosine[1], similarity[0])
+        gram_P3, gram_W = grad_P3 @ grad_P3.T, grad_W @ grad_W.T
+    return Signals(L, gram_W.diagonal().sqrt() / w, gram_P3, gram_W)
 
 def to_float(output: Any) -> Any:
     """A head's output out of bfloat16, so that losses keep their digits under autocast."""
@@ -1218,7 +1214,7 @@ def evaluate(network: Network, data: JointSet, config: Config,
         outputs = network(to_device(batch, device).images)
         if "det" in outputs:
             anchors = network.parts[0].heads["det"].anchors
-            found += [rows.cpu().numpy() for rows in find_boxes(outputs["det"], anchors, config)]
+            found += find_boxes(outputs["det"], anchors, config)
         if "cls" in outputs:
             guess += outputs["cls"].argmax(1).tolist()
     network.train(was_training)
@@ -1298,7 +1294,7 @@ def learning_rate(progress: float, warmup: float) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup + 1e-9))) / 2
 
 def train_step(run: Run, batch: Batch, progress: float, backward=backward) -> dict[str, Tensor]:
-    """One step of every network, then of the balancer; the log's values, still as tensors."""
+    """One step of every network, then of the balancer; what the log needs, still as tensors."""
     signals, grad_norms, bf16 = [], [], run.config.amp == "bf16"
     weights = run.w.split(len(run.w) // len(run.modules))
     for module, optimizer, w in zip(run.modules, run.optimizers, weights):
@@ -1309,17 +1305,30 @@ def train_step(run: Run, batch: Batch, progress: float, backward=backward) -> di
             signals.append(backward(module, batch, run.losses, w))
         grad_norms.append(nn.utils.clip_grad_norm_(module.parameters(), run.config.grad_clip))
         optimizer.step()
-    L, s, tasks = torch.cat([s.L for s in signals]), signals[0], run.config.tasks
-    log = {f"L/{task}": v for task, v in zip(tasks, L)}
-    log |= {f"w/{task}": v for task, v in zip(tasks, run.w)}
-    log |= {"loss": (run.w * L).sum(), "grad_norm": torch.stack(grad_norms).max()}
-    if s.cosine is not None:
-        log |= {f"G/{task}": v for task, v in zip(tasks, run.w * s.n)}
-        log |= {"cosine": s.cosine, "cosine_W": s.cosine_W, "similarity": s.similarity}
+    L, s = torch.cat([s.L for s in signals]), signals[0]
+    log = {"L": L, "w": run.w, "grad_norm": torch.stack(grad_norms).max()}
+    if s.gram_W is not None:
+        log |= {"n": s.n, "gram_P3": s.gram_P3, "gram_W": s.gram_W}
     if run.balancer:
         run.w = run.balancer.update(L, s.n)
-        log |= {f"r/{task}": v for task, v in zip(tasks, run.balancer.r)}
+        log["r"] = run.balancer.r
     return log
+
+def log_rows(steps: list[dict[str, Tensor]], tasks: tuple[str, ...]) -> list[dict[str, float]]:
+    """What `train_step` returned, as one row of numbers a step; derived all at once, off its path.
+    """
+    table = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}  # (steps, ...)
+    if "n" in table:
+        table["G"] = table["w"] * table["n"]
+        table["cosine"], table["similarity"] = similarities(table["gram_P3"])
+        table["cosine_W"], _ = similarities(table["gram_W"])
+    table["loss"], columns = (table["w"] * table["L"]).sum(1), {}
+    for key, values in table.items():
+        if values.ndim == 1:
+            columns[key] = values
+        elif values.ndim == 2 and key != "n":
+            columns |= {f"{key}/{task}": x for task, x in zip(tasks, values.T)}
+    return [dict(zip(columns, row)) for row in torch.stack(list(columns.values()), 1).tolist()]
 
 def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]]:
     """One pass over the training split; one row a step. NonFinite before anything is saved."""
@@ -1327,7 +1336,7 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
     # Both streams are functions of (seed, epoch, rank): a resumed run needs no saved random state.
     torch.manual_seed(config.seed * 100_003 + run.epoch * 64 + run.rank)  # dropout
     rng = torch.Generator().manual_seed(config.seed * 100_019 + run.epoch * 64 + run.rank)
-    loader, rows = batches(train_set, config, run.epoch, run.world, run.rank), []
+    loader, steps = batches(train_set, config, run.epoch, run.world, run.rank), []
     small = config.mode == "dual" and run.epoch < round(config.progressive_share * config.epochs)
     size = [max(32, round(s * config.progressive_scale / 32) * 32) for s in train_set.canvas]
     for k, batch in enumerate(loader):
@@ -1336,12 +1345,11 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
         if small:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         batch = batch._replace(images=images.contiguous(memory_format=torch.channels_last))
-        rows.append(train_step(run, batch, (run.epoch + k / len(loader)) / config.epochs))
+        steps.append(train_step(run, batch, (run.epoch + k / len(loader)) / config.epochs))
         bar.update()
     # Only here, once an epoch, does the program wait for a GPU.
-    table = torch.stack([torch.stack(list(row.values())) for row in rows]).tolist()
-    rows = [{"step": run.epoch * len(loader) + k, "epoch": run.epoch} | dict(zip(rows[0], values))
-            for k, values in enumerate(table)]
+    rows = [{"step": run.epoch * len(loader) + k, "epoch": run.epoch} | row
+            for k, row in enumerate(log_rows(steps, config.tasks))]
     for row in rows:
         bad = [key for key, value in row.items() if not math.isfinite(value)]
         if bad:
@@ -1462,7 +1470,7 @@ class Predictor:
         found = {"boxes": [], "classification": None}
         if "det" in outputs:
             anchors = self.network.parts[0].heads["det"].anchors
-            rows = find_boxes(outputs["det"], anchors, self.config)[0].cpu().numpy()
+            rows = find_boxes(outputs["det"], anchors, self.config)[0]
             rows[:, :4] = (rows[:, :4] - [left, top] * 2) * (image.size * 2) / ([w, h] * 2)
             rows[:, :4] = rows[:, :4].clip(0, image.size * 2)
             found["boxes"] = [{"name": self.names[int(row[5])], "score": float(row[4]),
@@ -2354,6 +2362,7 @@ def dispatch(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
     args = parse_args(argv)
+    gc.freeze()  # torch's half a million objects: else each sweep for garbage visits them
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             on_gpu = torch.cuda.is_available() and args.device != "cpu"
