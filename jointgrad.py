@@ -1389,6 +1389,7 @@ def flops_per_image(network: nn.Module, canvas: tuple[int, int]) -> int:
     return counter.get_total_flops()
 
 def environment(device: torch.device, world: int = 1) -> dict[str, Any]:
+    """What a result depends on beside the code and the config: versions, device, threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": torch.__version__, "python": platform.python_version(), "device": name,
             "os": platform.system(), "cpu": platform.machine(), "processes": world,
@@ -1828,8 +1829,8 @@ def write_json(path: Path, value: Any) -> None:
 def cell(x: Any) -> str:
     """A table's cell: text as it is, a number to three digits, an interval's mean and ends."""
     if isinstance(x, dict):
-        ends = f" [{', '.join(map(cell, x['ci95']))}]" if x["ci95"] else ""
-        return cell(x["mean"]) + ends
+        low, high = x["ci95"] or (0, 0)
+        return cell(x["mean"]) + (f" [{cell(low)}, {cell(high)}]" if low != high else "")
     if isinstance(x, (list, tuple)):
         return " / ".join(map(cell, x))
     if x is None or x != x:
@@ -2034,6 +2035,7 @@ def report_compare(results: dict[str, Any]) -> str:
     return text
 
 def report_claims(claims: list[dict[str, Any]]) -> str:
+    """The Markdown table of the report's claims, measured values and verdicts."""
     rows = [[c["id"], c["claim"], c["reported"],
              cell({"mean": c["measured"], "ci95": c["ci95"]}) + f" {c['unit']}".rstrip(),
              c["verdict"]] for c in claims]
@@ -2088,6 +2090,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 def warn(splits: tuple[JointSet, ...]) -> None:
+    """Prints the first ten warnings about a data set."""
     lines = [line for split in splits for line in split.warnings]
     for line in lines[:10] + [f"… and {len(lines) - 10} more"] * (len(lines) > 10):
         print(f"warning: {line}", file=sys.stderr)
@@ -2222,6 +2225,7 @@ def run_reproduce(out: Path) -> int:
     return int(any(check["ok"] is False for check in checks))
 
 def run_bench(config: Config, out: Path) -> int:
+    """Times the variants of a step; writes and prints the tables."""
     results = publish(bench(config, pick_device(config.device)), report_bench, out)
     draw_bench(results, out / "figure.png")
     return 0
@@ -2301,6 +2305,7 @@ def report_data(config: Config) -> int:
     return 0
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse itself answers --help and misspelt options."""
     parser = argparse.ArgumentParser(
         prog="jointgrad.py", description="Joint detection and classification: does one task's "
         "gradient hurt the other, and which remedy works at what cost?")
