@@ -941,7 +941,8 @@ class Network(nn.Module):
         for part in self.parts:
             for name, module in ({"trunk": part.trunk} | dict(part.heads.items())).items():
                 owner = next(iter(part.heads)) if len(self.parts) > 1 else name
-                counts[owner] += sum(p.numel() for p in module.parameters())
+                size = sum(p.numel() for p in module.parameters())
+                counts[owner] = counts.get(owner, 0) + size
         return counts | {"total": sum(counts.values())}
 
 # --------------------------------------------------------------------------------------------------
@@ -1558,7 +1559,8 @@ def quantities(results: dict[tuple, dict], labels: list[str], seeds: list[int]) 
                     next((step for step, val in r["curve"] if (val[m] or 0) >= goal), math.nan)
                     for r, goal in zip(runs, goals)]
         row |= {"parameters": [r["parameters"]["total"] for r in runs],
-                "step_ms": [r["time"]["step_ms"] for r in runs]}
+                "step_ms": [r["time"]["step_ms"] for r in runs],
+                "step_cpu_ms": [1000 * r["time"]["train_cpu_s"] / r["steps"] for r in runs]}
         row |= {key: [r[key] for r in runs] for key in ("flops_per_image", "peak_rss_mb")}
         if seen := runs[0].get("interference"):
             for key in seen:
@@ -1581,7 +1583,10 @@ def paired(table: dict[str, dict[str, list]]) -> list[dict[str, Any]]:
     for metric in METRICS:
         single = "detect" if metric.startswith("mAP") else "classify"
         for mode, versus in itertools.product(table, ("fixed", "equal", single)):
-            if mode != versus and metric in table[mode] and metric in table.get(versus, {}):
+            alone = mode == single or (mode, versus) == ("fixed", "equal")  # stands the other way
+            if mode == versus or alone:
+                continue
+            if metric in table[mode] and metric in table.get(versus, {}):
                 d = np.subtract(table[mode][metric], table[versus][metric])
                 rows.append({"mode": mode, "versus": versus, "metric": metric,
                              "delta": float(d.mean()), "ci95": interval(d)["ci95"],
@@ -1948,7 +1953,7 @@ def draw_compare(results: dict[str, Any], path: Path) -> None:
     shown = {"mAP50": "Detection: mAP50", "mAP50-95": "Detection: mAP50-95",
              "balanced_accuracy": "Classification: balanced accuracy",
              "delta_m": "Change against single task, %\n(mean of both tasks, up is better)",
-             "step_ms": "Step time, ms"}
+             "step_cpu_ms": "CPU time of a step, ms"}
     have = [m for m in shown if any(m in q for q in results["modes"].values())]
     fig, axes = panels(1, len(have), (3 * len(have), 3.4))
     for ax, metric in zip(axes[0], have):
@@ -1961,7 +1966,7 @@ def draw_compare(results: dict[str, Any], path: Path) -> None:
             x, mean = [at for at, _ in line], np.array([q["mean"] for _, q in line])
             ends = np.array([q["ci95"] or [q["mean"]] * 2 for _, q in line])
             ax.errorbar(x, mean, np.abs(ends.T - mean), capsize=3, marker="o",
-                        label=mode if x != [mode] else None)
+                        color=f"C{MODES.index(mode)}", label=mode if x != [mode] else None)
             for at, q in line:
                 ax.plot([at] * len(q["per_seed"]), q["per_seed"], ".", color="0.6", ms=4)
         ax.tick_params("x", rotation=40)
@@ -2010,15 +2015,17 @@ def report_run(results: dict[str, Any]) -> str:
     rows += [[key, list(v.values()) if isinstance(v, dict) else v]
              for key, v in (results["interference"] or {}).items()]
     rows += [["parameters", results["parameters"]["total"]],
-             ["training", f"{times['train_s']:.1f} s, {times['step_ms']:.1f} ms a step"]]
+             ["start-up / training / evaluation, s",
+              [times[key] for key in ("start_s", "train_s", "eval_s")]],
+             ["step, ms", times["step_ms"]]]
     return markdown([f"{results['mode']}, seed {results['seed']}", "value"], rows)
 
 def report_compare(results: dict[str, Any]) -> str:
     """Markdown tables: modes with intervals, their cost and gradients, paired, claims."""
     text = f"n = {len(results['seeds'])} seeds; mean [95 % interval]\n"
     have = list(dict.fromkeys(key for q in results["modes"].values() for key in q))
-    price = [key for key in have if key in ("step_ms", "parameters", "flops_per_image",
-                                            "peak_rss_mb")]
+    price = [key for key in have if key in ("parameters", "step_ms", "step_cpu_ms",
+                                            "flops_per_image", "peak_rss_mb")]
     gradients = [key for key in have if "cosine" in key or key.startswith("gradient")
                  or key in ("conflict_share", "magnitude_similarity")]
     scores = [key for key in have if key not in price + gradients]
@@ -2134,10 +2141,10 @@ def data_name(config: Config) -> str:
 
 def run_training(config: Config, out: Path, resume: bool) -> int:
     """Trains, saving log and checkpoint each epoch; then results.json, figure and closing table."""
-    device = pick_device(config.device)
+    device, started = pick_device(config.device), time.perf_counter()
     train_set, val_set = load_data(config)
     run = Run(config, train_set, device)
-    rows = start_files(run, out, resume)
+    rows, start_s = start_files(run, out, resume), time.perf_counter() - started
     if run.rank == 0:
         warn((train_set, val_set))
         print(f"jointgrad {config.mode}: torch {torch.__version__}, {device}, {config.threads} "
@@ -2148,9 +2155,10 @@ def run_training(config: Config, out: Path, resume: bool) -> int:
             rows += clean(new)
             save_epoch(run, rows[-len(new):], train_set, out)
     if run.rank == 0:
-        results = clean(summarise(run, rows, train_set.canvas))
         title = f"{config.mode} on {data_name(config)} data, seed {config.seed}"
         draw_run(rows, title, val_set, Predictor(out / "last.pt"), out / "figure.png")
+        results = clean(summarise(run, rows, train_set.canvas))
+        results["time"] |= {"start_s": start_s, "process_cpu_s": time.process_time()}
         write_json(out / "results.json", results)
         print(f"{report_run(results)}\nwritten to {out}/: {', '.join(sorted(os.listdir(out)))}")
     return 0

@@ -2025,6 +2025,51 @@ def test_two_processes_train_one_run(tmp_path):
     assert whole["environment"]["processes"] == 2
 
 
+def test_log_rows_by_hand():
+    """w L sums to the loss, w n to G; gram [[4, 2], [2, 9]]: cosine 2/6, similarity 2 6 / 13."""
+    gram = torch.tensor([[4.0, 2], [2, 9]])
+    step = {"L": torch.tensor([3.0, 4]), "w": torch.tensor([0.5, 1.5]), "gram_P3": gram,
+            "gram_W": gram * 0, "n": torch.tensor([2.0, 4]), "grad_norm": torch.tensor(7.0)}
+    first, second = jg.log_rows([step, step | {"w": torch.tensor([2.0, 0])}], ("det", "cls"))
+    assert first == pytest.approx({
+        "L/det": 3, "L/cls": 4, "w/det": 0.5, "w/cls": 1.5, "grad_norm": 7, "G/det": 1, "G/cls": 6,
+        "cosine": 1 / 3, "similarity": 12 / 13, "cosine_W": 0, "loss": 7.5})
+    assert (second["loss"], second["G/det"], second["G/cls"]) == (6, 4, 0)
+
+
+def snippets() -> list[str]:
+    """The code blocks of the README's section on use from Python."""
+    text = (jg.ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("### From Python")[1].split("\n## ")[0]
+    return [m[0].replace("\n    ", "\n").strip() for m in re.finditer(r"(?:\n    .+)+", section)]
+
+
+def test_readme_predictor_runs_as_printed(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/gradnorm-synthetic-s0").symlink_to(runs["gradnorm"])
+    picture().save("image.png")
+    exec(snippets()[0], {})
+    assert re.search(f"^({'|'.join(jg.VIEWS)}) \\[", capsys.readouterr().out)
+
+
+def test_readme_gradnorm_runs_as_printed_on_another_network():
+    """Three regressions of other scales on one trunk: the weights move, their sum is T."""
+    torch.manual_seed(0)
+    trunk, heads, T = nn.Linear(8, 8), nn.ModuleList(nn.Linear(8, 1) for _ in range(3)), 3
+    optimizer = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=1e-3)
+    x, scope = torch.randn(32, 8), {"jointgrad": jg, "torch": torch, "T": T, "W": trunk.weight,
+                                    "optimizer": optimizer}
+    make_balancer, *step = snippets()[1].split("\n")
+    exec(make_balancer, scope)
+    for _ in range(20):
+        optimizer.zero_grad()
+        scope["losses"] = [((head(trunk(x)) - 10**k)**2).mean() for k, head in enumerate(heads)]
+        exec("\n".join(step), scope)
+    w = scope["balancer"].w
+    assert w.sum().item() == pytest.approx(T, abs=1e-5) and w[0] > 1 > w[2]
+
+
 # --------------------------------------------------------------------------------------------------
 # 11. Experiments: many runs -> statistics, verdicts, times
 # --------------------------------------------------------------------------------------------------
@@ -2083,8 +2128,9 @@ def test_one_seed_decides_nothing():
 
 def result(mAP, accuracy):
     val = {"mAP50": mAP, "mAP50-95": mAP, "accuracy": accuracy, "balanced_accuracy": accuracy}
-    return {"val": val, "parameters": {"total": 1}, "flops_per_image": 1, "time": {"step_ms": 1.0},
-            "peak_rss_mb": 1.0, "curve": [(10, val | {"mAP50": 0.1}), (20, val)]}
+    return {"val": val, "parameters": {"total": 1}, "flops_per_image": 1, "steps": 20,
+            "time": {"step_ms": 1.0, "train_cpu_s": 0.02}, "peak_rss_mb": 1.0,
+            "curve": [(10, val | {"mAP50": 0.1}), (20, val)]}
 
 
 def test_delta_m_is_positive_where_a_mode_beats_the_single_tasks():
@@ -2103,6 +2149,43 @@ def test_paired_differences_are_mode_less_versus():
     table = {"detect": {"mAP50": [0.5, 0.6]}, "fixed": {"mAP50": [0.6, 0.8]}}
     row = next(r for r in jg.paired(table) if (r["mode"], r["versus"]) == ("fixed", "detect"))
     assert row["delta"] == pytest.approx(0.15) and row["p"] == 0.5
+
+
+def compare(out: Path, *more) -> int:
+    """The command on a set so small that only its course matters, not its result."""
+    return jg.main(["--out", str(out), "--set", *TINY[1:], "epochs=1", *more])
+
+
+def test_compare_writes_its_tables_and_check_repeats_no_finished_run(tmp_path, capsys):
+    """One seed: six runs, no interval. --check takes up the runs that are there; a recorded mean
+    that is not met gives 1."""
+    assert compare(tmp_path, "--mode", "compare", "--seeds", "0") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["modes"]) == list(jg.MODES) and results["seeds"] == [0]
+    assert {c["id"] for c in results["claims"]} >= {"S1", "P1", "G1", "D1"}
+    assert "| gradnorm " in (tmp_path / "compare.md").read_text()
+    made = {f: f.stat().st_mtime_ns for f in tmp_path.glob("runs/*/results.json")}
+    recorded = tmp_path / "recorded.json"
+    recorded.write_text(json.dumps(results))
+    assert len(made) == 6 and jg.main(["--check", str(recorded), "--out", str(tmp_path)]) == 0
+    assert made == {f: f.stat().st_mtime_ns for f in made}
+    results["modes"]["fixed"]["accuracy"]["mean"] += 0.01
+    recorded.write_text(json.dumps(results))
+    assert jg.main(["--check", str(recorded), "--out", str(tmp_path)]) == 1
+    assert "OUTSIDE" in capsys.readouterr().out
+
+
+def test_sweep_has_a_row_for_each_value(tmp_path):
+    """Values reach the runs as they are, lists too; without single-task runs there is no delta."""
+    sweep = ("--mode", "fixed", "--sweep", "initial_weights=[1, 0.5],[1, 2]", "--seeds", "3")
+    assert compare(tmp_path, *sweep) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["modes"]) == ["fixed initial_weights=[1,0.5]",
+                                      "fixed initial_weights=[1,2]"]
+    configs = [json.loads(f.read_text())["config"] for f in tmp_path.glob("runs/*/results.json")]
+    assert sorted(c["initial_weights"] for c in configs) == [[1, 0.5], [1, 2]]
+    assert all(c["seed"] == 3 for c in configs) and not results["paired"]
+    assert (tmp_path / "figure.png").stat().st_size > 0
 
 
 def test_the_reports_rule_ends_at_0_and_4_and_sums_to_T_squared():
@@ -2247,7 +2330,9 @@ def test_absent_gpu_is_a_user_error(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, match", [
     (["--resume", "no/such"], "no config.yaml"), (["--mode", "predict"], "needs --checkpoint"),
     (["--seeds", "1", "1"], "--seeds.*: expected"), (["--check", "no.json"], "no.json: expected"),
-    (["--config", "no.yaml"], "no.yaml: cannot be read")])
+    (["--config", "no.yaml"], "no.yaml: cannot be read"),
+    (["--mode", "dual", "--sweep", "alpha=0,1"], "--sweep alpha: only --mode gradnorm"),
+    (["--sweep", "alpha=[0"], "expected key=v1,v2")])
 def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
     code = jg.main(arguments)
