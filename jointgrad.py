@@ -1909,7 +1909,8 @@ def draw_curves(axes: Any, rows: list[dict]) -> None:
 
     for task in tasks:
         L = [row[f"L/{task}"] for row in rows]
-        axes[0].plot(steps, [row[f"w/{task}"] for row in rows], color=COLOURS[task])
+        axes[0].plot(steps, [row[f"w/{task}"] for row in rows], color=COLOURS[task],
+                     label=TASK_NAMES[task])
         axes[1].plot(steps, L, color=COLOURS[task], alpha=0.2)
         line(axes[1], task, L)
         if "cosine" in rows[0]:
