@@ -708,6 +708,12 @@ def test_letterbox_keeps_the_aspect_and_boxes_stay_on_the_object(tmp_path, size,
     assert (grey == 114).all()
 
 
+def test_truth_is_in_px_of_a_canvas_that_is_not_square():
+    """A canvas 64 high and 128 wide: x 0.4 to 0.6 is 51.2 to 76.8 px, y 0 to 0.5 is 0 to 32."""
+    data = jg.JointSet([np.array([[1, 0.5, 0.25, 0.2, 0.5]])], [0], ["a", "b"], ["c"], (64, 128))
+    np.testing.assert_allclose(data.truth(0), [[1, 51.2, 0, 76.8, 32]], atol=1e-9)  # float64
+
+
 def patch_batch() -> jg.Batch:
     """Two grey images 48x96 with a white patch at x 16-36, y 8-20."""
     images = torch.full((2, 3, 48, 96), 0.447)
@@ -1951,6 +1957,9 @@ def test_predictor_gives_boxes_inside_the_image_and_probabilities(runs):
                                                                  jg.JETS)
             scores = [b["score"] for b in found["boxes"]]
             assert scores == sorted(scores, reverse=True)
+            least = float(np.median(scores)) if scores else 0.5
+            shown = predictor(picture(size, (90, 30, 10)), least)["boxes"]
+            assert shown == [b for b in found["boxes"] if b["score"] >= least]
             if mode == "detect":
                 assert found["classification"] is None
             else:
