@@ -249,7 +249,7 @@ VIEWS = ("PSAX", "PLAX", "A4C")
 
 def speckle(rng: np.random.Generator, shape: tuple[int, int], s: float, a: float = 1) -> np.ndarray:
     """Speckle amplitude (H, W), mean 1: complex noise under a Gaussian, a*s px across, s down."""
-    noise = rng.standard_normal((2, *shape))
+    noise = rng.standard_normal((2, *shape))  # (2, H, W): real and imaginary part
     fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1])
     H = np.exp(-2 * np.pi**2 * (a * s * fx)**2) * np.exp(-2 * np.pi**2 * (s * fy)**2)
     amplitude = np.abs(np.fft.ifft2(np.fft.fft2(noise[0] + 1j * noise[1]) * H))
@@ -268,23 +268,23 @@ def place_jets(rng: np.random.Generator, apex: np.ndarray, radius: float,
     size[200:] = 0.14, 0.18  # so that the narrowest sector too has room for one
     corners = centre[:, None] + np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * size[:, None] / 2
     x, y = (corners - apex).transpose(2, 0, 1)  # (300, 4)
-    inside = (np.hypot(x, y) < radius) & (np.abs(np.arctan2(x, y)) < angle)
+    inside = (np.hypot(x, y) < radius) & (np.abs(np.arctan2(x, y)) < angle)  # 0 = straight down
     inside &= (np.abs(corners - 0.5) < 0.5).all(2)  # a wide sector reaches beyond the frame
     boxes, wanted = [], rng.integers(1, 4)
-    for box in np.concatenate([centre, size], 1)[inside.all(1)]:
+    for box in np.concatenate([centre, size], 1)[inside.all(1)]:  # (m, 4) cx cy w h
         if all((np.abs(box - b)[:2] > (box + b)[2:] / 2).any() for b in boxes):
             boxes.append(box)
         if len(boxes) == wanted:
             break
-    return np.array(boxes).reshape(-1, 4)
+    return np.array(boxes).reshape(-1, 4)  # (0, 4) if none fits
 
 def paint_jet(rng: np.random.Generator, image: np.ndarray, box: np.ndarray, hue: float) -> None:
     """Paints a Doppler plume that touches all sides of `box` (cx cy w h) into `image` (H, W, 3)."""
     size = len(image)
-    x1, y1 = np.floor((box[:2] - box[2:] / 2) * size).astype(int)
+    x1, y1 = np.floor((box[:2] - box[2:] / 2) * size).astype(int)  # px, outwards: no side is cut
     x2, y2 = np.ceil((box[:2] + box[2:] / 2) * size).astype(int)
     x, y = (np.arange(x1, x2) + 0.5)[None] / size, (np.arange(y1, y2) + 0.5)[:, None] / size
-    q = 2 * (y - box[1]) / box[3] * rng.choice([-1, 1])
+    q = 2 * (y - box[1]) / box[3] * rng.choice([-1, 1])  # (h, 1): -1 to 1, down or up the box
     u = 2 * (x - box[0]) / box[2] * math.sqrt(5 / 6)  # widest at q = 2/3, where it meets the sides
     width = np.sqrt(np.clip((q + 1) / 2, 0, 1) * np.clip(3 * (1 - q), 0, 1))
     core = np.clip(1 - np.abs(u) / np.maximum(width, 1e-6), 0, 1)
@@ -303,16 +303,16 @@ def synthetic_sample(seed: int, split: str, i: int, imgsz: int, c: float) -> tup
     view, px = int(rng.integers(3)), imgsz / 64
     g, t = np.sqrt([1 - c, c]) * (view - 1) + 0.25 * rng.standard_normal(2)
     apex = np.array([0.5, -0.02]) + rng.uniform((-0.04, -0.03), (0.04, 0.03))
-    radius, half_angle = rng.uniform(0.92, 1.04), 0.62 + 0.13 * g
-    x, y = np.meshgrid(*[(np.arange(imgsz) + 0.5) / imgsz] * 2)
+    radius, half_angle = rng.uniform(0.92, 1.04), 0.62 + 0.13 * g  # fractions of the frame, radians
+    x, y = np.meshgrid(*[(np.arange(imgsz) + 0.5) / imgsz] * 2)  # (H, W) each, at pixel centres
     distance, angle = np.hypot(x - apex[0], y - apex[1]), np.arctan2(x - apex[0], y - apex[1])
     sector = (distance > 0.05) & (distance < radius) & (np.abs(angle) < half_angle)
     tissue = 0.16 + 0.10 * np.clip(speckle(rng, (imgsz, imgsz), 7 * px) - 0.6, 0, 2)
     for _ in range(rng.integers(1, 3)):  # dark chambers
         centre, axes = rng.uniform((0.3, 0.3), (0.7, 0.8)), rng.uniform(0.06, 0.16, 2)
         tissue[((x - centre[0]) / axes[0])**2 + ((y - centre[1]) / axes[1])**2 < 1] *= 0.25
-    grain = speckle(rng, (imgsz, imgsz), 0.9 * px * 1.4**t, 1.6)
-    luminance = tissue * grain * rng.uniform(0.8, 1.2) * (1 - 0.25 * y)
+    grain = speckle(rng, (imgsz, imgsz), 0.9 * px * 1.4**t, 1.6)  # wider than deep, like ultrasound
+    luminance = tissue * grain * rng.uniform(0.8, 1.2) * (1 - 0.25 * y)  # sound weakens with depth
     image = np.repeat(luminance[..., None], 3, axis=2)
     boxes = place_jets(rng, apex, radius, half_angle)
     classes = rng.integers(0, len(JETS), len(boxes))
@@ -342,7 +342,7 @@ class JointSet(torch.utils.data.Dataset):
     """One split: boxes and classes in memory; pixels too (uint8) where they fit, else read anew."""
 
     boxes: list[np.ndarray]  # of each image (n, 5): class, cx cy w h in fractions of the canvas
-    labels: list[int]
+    labels: list[int]  # NO_LABEL where an image has none
     names: list[str]
     classification_names: list[str]
     canvas: tuple[int, int]  # H, W in px
@@ -355,17 +355,17 @@ class JointSet(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A batch of uint8 images in channels_last order."""
-        pixels = (self.pixels[indices] if self.pixels is not None else
+        pixels = (self.pixels[indices] if self.pixels is not None else  # (B, H, W, 3) uint8
                   np.stack([letterbox(read_image(self.paths[i]), self.canvas) for i in indices]))
-        rows = [np.insert(self.boxes[i], 0, b, axis=1) for b, i in enumerate(indices)]
+        rows = [np.insert(self.boxes[i], 0, b, axis=1) for b, i in enumerate(indices)]  # (n, 6)
         targets = torch.from_numpy(np.concatenate(rows).astype(np.float32))
         labels = torch.tensor([self.labels[i] for i in indices])
         return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), targets, labels)
 
     def truth(self, i: int) -> np.ndarray:
         """The boxes of image i (n, 5): class, x1 y1 x2 y2 in px of the canvas."""
-        corners = cxcywh_to_xyxy(torch.from_numpy(self.boxes[i][:, 1:])).numpy()
-        return np.column_stack([self.boxes[i][:, 0], corners * (self.canvas[::-1] * 2)])
+        corners = cxcywh_to_xyxy(torch.from_numpy(self.boxes[i][:, 1:])).numpy()  # fractions
+        return np.column_stack([self.boxes[i][:, 0], corners * (self.canvas[::-1] * 2)])  # W H W H
 
 def parse_row(fields: list[float], num_classes: int, num_labels: int) -> int | list[float] | None:
     """What a label row says: an image class (int), a box [class, cx, cy, w, h], None for no size.
@@ -396,6 +396,7 @@ def parse_labels(text: str, where: str, num_classes: int, num_labels: int) -> tu
         if not line.strip():
             continue
         try:
+            # float() also reads the digits of other scripts; a label file is ASCII.
             fields = [float(v) if v.isascii() else math.nan for v in line.split()]
             if not all(map(math.isfinite, fields)):
                 raise ValueError("could not")
@@ -411,12 +412,12 @@ def parse_labels(text: str, where: str, num_classes: int, num_labels: int) -> tu
         else:
             (labels if isinstance(row, int) else boxes).append(row)
     boxes = np.array(boxes, np.float32).reshape(-1, 5)
-    low = (boxes[:, 1:3] - boxes[:, 3:] / 2).clip(0, 1)
-    high = (boxes[:, 1:3] + boxes[:, 3:] / 2).clip(0, 1)
+    low = (boxes[:, 1:3] - boxes[:, 3:] / 2).clip(0, 1)  # (n, 2) x1 y1
+    high = (boxes[:, 1:3] + boxes[:, 3:] / 2).clip(0, 1)  # (n, 2) x2 y2
     inside = np.concatenate([boxes[:, :1], (low + high) / 2, high - low], 1)
-    if np.abs(inside - boxes).max(initial=0) > 1e-3:
+    if np.abs(inside - boxes).max(initial=0) > 1e-3:  # below that: the file's rounding
         notes.append(f"{where}: a box that reaches outside the image is cut at its border")
-    kept = np.unique(inside[(inside[:, 3:] > 0).all(1)], axis=0)
+    kept = np.unique(inside[(inside[:, 3:] > 0).all(1)], axis=0)  # sorts the rows, by class first
     if len(kept) < len(inside):
         notes.append(f"{where}: a box that is repeated, or of no size as float32, is skipped")
     if num_labels and not labels and not errors:
@@ -439,7 +440,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # last set, first asked
             with Image.open(path, formats=FORMATS) as image:
                 yield image
     except UserError:
@@ -457,6 +458,7 @@ def image_size(path: Path) -> tuple[int, int]:
             raise UserError(f"{path}: floating-point pixels have no range; save as 8 or 16 bit")
         if image.format == "TIFF":
             image.load()  # turns most of them by itself; only then is their size certain
+        # EXIF tag 0x0112 is the orientation; with 5 to 8 width and height change places.
         return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 def read_image(path: Path) -> Image.Image:
@@ -465,7 +467,7 @@ def read_image(path: Path) -> Image.Image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bit: Pillow's convert would clip at 255, not scale
-            levels = np.asarray(upright).astype(np.int64).clip(0, 65535) // 257
+            levels = np.asarray(upright).astype(np.int64).clip(0, 65535) // 257  # 65535 / 257 = 255
             upright = Image.fromarray(levels.astype(np.uint8))
         return upright.convert("RGB")
 
@@ -484,7 +486,7 @@ def fit(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, 
 def letterbox(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:
     """Pixels (H, W, 3) uint8 of an RGB image on a grey canvas, its aspect kept."""
     left, top, w, h = fit(image.size, canvas)
-    sheet = Image.new("RGB", canvas[::-1], (114, 114, 114))
+    sheet = Image.new("RGB", canvas[::-1], (114, 114, 114))  # Pillow wants W, H; 114 as in YOLOv5
     sheet.paste(image.resize((w, h), Image.Resampling.BILINEAR), (left, top))
     return np.asarray(sheet)
 
@@ -545,7 +547,7 @@ def read_split(spec: dict, split: str, root: Path, where: Path) -> tuple[JointSe
     files, errors = find_images(spec.get(split), root, f"{where}: {split}")
     data, sizes, owner = JointSet([], [], names, labels, (0, 0)), [], {}
     for file in [] if errors else files:
-        first = owner.setdefault(label_path(file), file)
+        first = owner.setdefault(label_path(file), file)  # x.jpg and x.png both mean x.txt
         if first != file:
             errors.append(f"{file}: shares its label file with {first.name}; rename one")
         boxes, label, found, notes = read_label_file(label_path(file), len(names), len(labels))
@@ -589,6 +591,7 @@ def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
     canvas = canvas_size(splits[0][1] + splits[1][1], config.imgsz)
     for data, sizes, _ in splits:
         data.canvas = canvas
+        # In place: fractions of the image become fractions of the canvas.
         for boxes, (left, top, w, h) in zip(data.boxes, [fit(size, canvas) for size in sizes]):
             boxes[:, 1:] = (boxes[:, 1:] * [w, h, w, h] + [left, top, 0, 0]) / (canvas[::-1] * 2)
         if len(data) * math.prod(canvas) * 3 <= config.cache_mb * 2**19:  # half a split
@@ -616,7 +619,7 @@ def batches(data: JointSet, config: Config, epoch: int | None, world: int = 1,
     sampler, size = torch.utils.data.SequentialSampler(data), 64
     if epoch is not None:
         sampler = torch.utils.data.DistributedSampler(data, world, rank, seed=config.seed)
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)  # else every epoch repeats the order of the first
         size = config.batch_size
     lone = epoch is not None and len(sampler) % size == 1  # BatchNorm cannot train on one image
     order = torch.utils.data.BatchSampler(sampler, size, drop_last=lone)
@@ -628,27 +631,27 @@ def batches(data: JointSet, config: Config, epoch: int | None, world: int = 1,
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on the device, its images as float32 in [0, 1]."""
     images, targets, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-    return Batch(images.float().div_(255), targets, labels)
+    return Batch(images.float().div_(255), targets, labels)  # only here: uint8 is a quarter to move
 
 def augment(batch: Batch, config: Config, rng: torch.Generator) -> Batch:
     """Random flips, zoom and shift; boxes of which less than a fifth stays in view are dropped."""
-    images, targets, labels = batch[0], batch[1].clone(), batch[2]
-    u = torch.rand(len(images), 5, generator=rng).to(images.device)
-    owner = targets[:, 0].long()
+    images, targets, labels = batch[0], batch[1].clone(), batch[2]  # cloned: flips write in place
+    u = torch.rand(len(images), 5, generator=rng).to(images.device)  # (B, 5), alike on every device
+    owner = targets[:, 0].long()  # (N,) image of each box
     for axis, (share, dim) in enumerate(((config.flip_x, 3), (config.flip_y, 2))):
         flipped = u[:, axis] < share
         images = torch.where(flipped[:, None, None, None], images.flip(dim), images)
         centre = targets[:, 2 + axis]
         targets[:, 2 + axis] = torch.where(flipped[owner], 1 - centre, centre)
-    if config.scale == config.shift == 0:
+    if config.scale == config.shift == 0:  # spares a resampling that would change nothing
         return Batch(images, targets, labels)
     zoom, shift = 1 + config.scale * (2 * u[:, 2:3] - 1), config.shift * (2 * u[:, 3:] - 1)
     theta = torch.zeros(len(images), 2, 3, device=images.device)  # output position -> its source
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom[:, 0]
-    theta[:, :, 2] = -2 * shift / zoom
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom[:, 0]  # zoomed in, the source is smaller
+    theta[:, :, 2] = -2 * shift / zoom  # 2: affine_grid counts from -1 to 1
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images - 0.447, grid, align_corners=False) + 0.447  # outside: grey
-    centre = (targets[:, 2:4] - 0.5) * zoom[owner] + 0.5 + shift[owner]
+    centre = (targets[:, 2:4] - 0.5) * zoom[owner] + 0.5 + shift[owner]  # (N, 2), inverse of theta
     size = targets[:, 4:] * zoom[owner]
     low, high = (centre - size / 2).clamp(0, 1), (centre + size / 2).clamp(0, 1)
     targets = torch.cat([targets[:, :2], (low + high) / 2, high - low], 1)
@@ -661,46 +664,46 @@ def augment(batch: Batch, config: Config, rng: torch.Generator) -> Batch:
 STRIDES = (8, 16, 32)  # px between neighbouring cells of P3, P4, P5
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2  # (..., 2) each
     return torch.cat([centre - half, centre + half], -1)
 
 def box_iou(a_xyxy: np.ndarray, b_xyxy: np.ndarray) -> np.ndarray:
     """Intersection over union (N, M) of all pairs of boxes (N, 4) and (M, 4)."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a_xyxy.T[:, :, None], b_xyxy.T
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a_xyxy.T[:, :, None], b_xyxy.T  # (N, 1), (M,)
     width, height = (np.minimum(ax2, bx2) - np.maximum(ax1, bx1),
                      np.minimum(ay2, by2) - np.maximum(ay1, by1))  # (N, M)
-    overlap = np.maximum(width, 0) * np.maximum(height, 0)
+    overlap = np.maximum(width, 0) * np.maximum(height, 0)  # sides below 0: boxes apart
     return overlap / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap + 1e-7)
 
 def ciou(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
     """Complete IoU (K,) of pairs of boxes (K, 4): IoU - distance^2 / diagonal^2 - alpha v."""
-    a, b = cxcywh_to_xyxy(a_cxcywh), cxcywh_to_xyxy(b_cxcywh)
+    a, b = cxcywh_to_xyxy(a_cxcywh), cxcywh_to_xyxy(b_cxcywh)  # (K, 4) x1 y1 x2 y2
     overlap = (torch.minimum(a[:, 2:], b[:, 2:])
                - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
     iou = overlap / (a_cxcywh[:, 2:].prod(1) + b_cxcywh[:, 2:].prod(1) - overlap + 1e-7)
-    hull = torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])
-    distance = (a_cxcywh[:, :2] - b_cxcywh[:, :2]).square().sum(1)
+    hull = torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])  # (K, 2) w h
+    distance = (a_cxcywh[:, :2] - b_cxcywh[:, :2]).square().sum(1)  # (K,), squared
     angle_a = torch.atan(a_cxcywh[:, 2] / a_cxcywh[:, 3])
     angle_b = torch.atan(b_cxcywh[:, 2] / b_cxcywh[:, 3])
     v = 4 / math.pi**2 * (angle_a - angle_b).square()
-    alpha = (v / (1 - iou + v + 1e-7)).detach()
+    alpha = (v / (1 - iou + v + 1e-7)).detach()  # CIoU's trade-off: a constant to the gradient
     return iou - distance / (hull.square().sum(1) + 1e-7) - alpha * v
 
 def fit_anchors(sizes: np.ndarray) -> np.ndarray:
     """Anchors (3 levels, 3, 2) px, smallest first: k-means of box sizes (n, 2) px."""
     # From quantiles of the area, not random boxes: no seed, and every size has a centre nearby.
-    sizes = sizes[np.argsort(sizes.prod(1), kind="stable")]
-    centres = sizes[np.linspace(0, len(sizes) - 1, 19).astype(int)[1::2]]
+    sizes = sizes[np.argsort(sizes.prod(1), kind="stable")]  # stable: equal areas keep their order
+    centres = sizes[np.linspace(0, len(sizes) - 1, 19).astype(int)[1::2]]  # (9, 2) px
     for _ in range(50):
         nearest = ((sizes[:, None] - centres)**2).sum(2).argmin(1)
         centres = np.array([sizes[nearest == k].mean(0) if (nearest == k).any() else centres[k]
-                            for k in range(9)])
+                            for k in range(9)])  # a centre without boxes stays where it is
     return centres[np.argsort(centres.prod(1), kind="stable")].clip(min=2).reshape(3, 3, 2)
 
 def flatten_levels(raw: list[Tensor]) -> Tensor:
     """Predictions (B, A, 5 + C) of maps (B, 3 (5 + C), h, w): by level, row, cell, then anchor."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), x.shape[2] * x.shape[3] * 3, -1)
-                      for x in raw], 1)
+                      for x in raw], 1)  # a map's channels are 3 anchors of 5 + C, in that order
 
 def prediction_grid(raw: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cell (A, 2) as x, y, anchor (A, 2) px, stride (A, 1) px of each row of `flatten_levels`."""
@@ -710,13 +713,13 @@ def prediction_grid(raw: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor,
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device),
                               indexing="ij")
         cells.append(torch.stack([x, y], -1)[:, :, None].expand(h, w, 3, 2).reshape(-1, 2))
-        sizes.append(level_anchors.expand(h, w, 3, 2).reshape(-1, 2))
-        strides.append(torch.full((h * w * 3, 1), stride, device=device))
+        sizes.append(level_anchors.expand(h, w, 3, 2).reshape(-1, 2))  # (3 h w, 2) px
+        strides.append(torch.full((h * w * 3, 1), stride, device=device))  # (3 h w, 1) px
     return torch.cat(cells), torch.cat(sizes), torch.cat(strides)
 
 def decode(logits: Tensor, cell: Tensor, anchor: Tensor, stride: Tensor | int) -> Tensor:
     """Boxes (..., 4) px: xy = (2 sigmoid - 0.5 + cell) stride, wh = (2 sigmoid)^2 anchor."""
-    p = 2 * logits[..., :4].sigmoid()
+    p = 2 * logits[..., :4].sigmoid()  # 0 to 2: xy reach half a cell beyond, wh 4 anchors
     return torch.cat([(p[..., :2] - 0.5 + cell) * stride, p[..., 2:].square() * anchor], -1)
 
 def suppress(boxes_xyxy: np.ndarray, classes: np.ndarray, iou_thres: float) -> np.ndarray:
@@ -738,15 +741,15 @@ def suppress(boxes_xyxy: np.ndarray, classes: np.ndarray, iou_thres: float) -> n
 def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.ndarray]:
     """Detections of each image: (n, 6) x1 y1 x2 y2 px, score, class; best first, max_det."""
     logits, found = flatten_levels(raw), []
-    boxes = cxcywh_to_xyxy(decode(logits, *prediction_grid(raw, anchors)))
+    boxes = cxcywh_to_xyxy(decode(logits, *prediction_grid(raw, anchors)))  # (B, A, 4) px
     num_classes = logits.shape[2] - 5
     scores = (logits[..., 4:5].sigmoid() * logits[..., 5:].sigmoid()).flatten(1)  # (B, A C)
     # Departs from YOLOv5 (30,000 candidates): because few images hold hundreds of objects.
-    scores, order = scores.topk(min(512, scores.shape[1]), dim=1)
+    scores, order = scores.topk(min(512, scores.shape[1]), dim=1)  # (B, 512) each, or fewer
     for boxes_i, scores_i, order_i in zip(*(x.float().cpu().numpy() for x in (boxes, scores)),
                                           order.cpu().numpy()):
         valid = scores_i > config.conf_thres
-        row, classes = order_i[valid] // num_classes, order_i[valid] % num_classes
+        row, classes = order_i[valid] // num_classes, order_i[valid] % num_classes  # of (A, C)
         rows = np.column_stack([boxes_i[row], scores_i[valid], classes.astype(np.float32)])
         found.append(rows[suppress(rows[:, :4], classes, config.iou_thres)][:config.max_det])
     return found
@@ -804,11 +807,11 @@ class SPPF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = [self.cv1(x)]
         for _ in range(3):
-            maps.append(self.pool(maps[-1]))
+            maps.append(self.pool(maps[-1]))  # 5 px, then 5 + 4, then 5 + 4 + 4
         return self.cv2(torch.cat(maps, 1))
 
 def channels(c: int, width_multiple: float) -> int:
-    return math.ceil(c * width_multiple / 8) * 8
+    return math.ceil(c * width_multiple / 8) * 8  # multiples of 8, as in YOLOv5
 
 def repeats(n: int, depth_multiple: float) -> int:
     return max(1, round(n * depth_multiple))
@@ -818,15 +821,15 @@ class Trunk(nn.Sequential):
 
     def __init__(self, width_multiple: float, depth_multiple: float):
         c1, c2, c3 = (channels(c, width_multiple) for c in (64, 128, 256))
-        super().__init__(Conv(3, c1, 6, 2, 2), Conv(c1, c2, 3, 2),
-                         C3(c2, c2, repeats(3, depth_multiple)), Conv(c2, c3, 3, 2),
+        super().__init__(Conv(3, c1, 6, 2, 2), Conv(c1, c2, 3, 2),  # H/2, then H/4
+                         C3(c2, c2, repeats(3, depth_multiple)), Conv(c2, c3, 3, 2),  # H/8
                          C3(c3, c3, repeats(6, depth_multiple)))
         self.c_out = c3
 
     @property
     def W(self) -> nn.Parameter:
         """The kernel of the last convolution, where GradNorm takes its norms."""
-        return self[-1].cv3[0].weight
+        return self[-1].cv3[0].weight  # (c_out, c_out, 1, 1)
 
 class SqueezeExcite(nn.Module):
     """Scales each channel by what all channels' pooled values say (arXiv 1709.01507)."""
@@ -837,7 +840,7 @@ class SqueezeExcite(nn.Module):
         self.mlp = nn.Sequential(nn.Conv2d(c, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * sum(self.mlp(pool(x, 1)) for pool in self.pools).sigmoid()
+        return x * sum(self.mlp(pool(x, 1)) for pool in self.pools).sigmoid()  # by (B, c, 1, 1)
 
 class CBAM(nn.Module):
     """Channel attention by mean and maximum, then spatial attention (arXiv 1807.06521)."""
@@ -877,18 +880,18 @@ class DetectionHead(nn.Module):
         self.detect = nn.ModuleList(nn.Conv2d(c, 3 * (5 + num_classes), 1) for c in (c3, c4, c5))
         self.register_buffer("anchors", torch.as_tensor(anchors, dtype=torch.float32))  # px
         for conv, stride in zip(self.detect, STRIDES):  # prior: 8 objects in a 640 px image
-            bias = conv.bias.data.view(3, -1)
+            bias = conv.bias.data.view(3, -1)  # (3, 5 + C), a view: the sums below reach conv.bias
             bias[:, 4] += math.log(8 / (640 / stride)**2)
-            bias[:, 5:] += math.log(0.6 / (num_classes - 0.99999))
+            bias[:, 5:] += math.log(0.6 / (num_classes - 0.99999))  # not 1: C may be 1
 
     def forward(self, P3: Tensor) -> list[Tensor]:
-        P4 = self.p4(P3)
-        lateral5 = self.lateral5(self.p5(P4))
+        P4 = self.p4(P3)  # (B, c4, H/16, W/16)
+        lateral5 = self.lateral5(self.p5(P4))  # (B, c4, H/32, W/32)
         up5 = F.interpolate(lateral5, scale_factor=2.0)
-        lateral4 = self.lateral4(self.up4(torch.cat([up5, P4], 1)))
-        out3 = self.up3(torch.cat([F.interpolate(lateral4, scale_factor=2.0), P3], 1))
-        out4 = self.out4(torch.cat([self.down3(out3), lateral4], 1))
-        out5 = self.out5(torch.cat([self.down4(out4), lateral5], 1))
+        lateral4 = self.lateral4(self.up4(torch.cat([up5, P4], 1)))  # (B, c3, H/16, W/16)
+        out3 = self.up3(torch.cat([F.interpolate(lateral4, scale_factor=2.0), P3], 1))  # c3, H/8
+        out4 = self.out4(torch.cat([self.down3(out3), lateral4], 1))  # c4, H/16
+        out5 = self.out5(torch.cat([self.down4(out4), lateral5], 1))  # c5, H/32
         return [conv(x) for conv, x in zip(self.detect, (out3, out4, out5))]
 
 class ClassificationHead(nn.Sequential):
@@ -908,7 +911,7 @@ class JointNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """P3, the leaf copy of it that the heads read, and each task's raw output."""
         P3 = self.trunk(images)
-        cut = P3.detach().requires_grad_(P3.requires_grad)
+        cut = P3.detach().requires_grad_(P3.requires_grad)  # False under no_grad
         return P3, cut, {task: head(cut) for task, head in self.heads.items()}
 
 class Network(nn.Module):
@@ -969,16 +972,16 @@ def match_targets(targets: Tensor, shapes: list[tuple[int, int]], anchors: Tenso
     centre = targets[None, :, 2:4] * sizes[:, None]  # (L, N, 2) in cells
     wh = targets[:, 4:6] * sizes[0] * STRIDES[0]  # (N, 2) px
     ratio = wh / anchors[:, :, None]  # (L, 3, N, 2)
-    alike = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_thres
-    rest = sizes[:, None] - centre
+    alike = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_thres  # (L, 3, N)
+    rest = sizes[:, None] - centre  # (L, N, 2), counted from the far side
     below = ((centre % 1 < 0.5) & (centre > 1)).permute(2, 0, 1)  # (2, L, N): left, upper is near
     above = ((rest % 1 < 0.5) & (rest > 1)).permute(2, 0, 1)  # right, lower is near
     near = torch.cat([torch.ones_like(below[:1]), below, above])  # (5, L, N)
     offsets = torch.tensor([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]], device=device)
-    o, level, anchor, target = (near[:, :, None] & alike).nonzero(as_tuple=True)
+    o, level, anchor, target = (near[:, :, None] & alike).nonzero(as_tuple=True)  # of (5, L, 3, N)
     cell = (centre[level, target] - offsets[o]).long()
-    cell = torch.minimum(cell.clamp(min=0), sizes[level] - 1)
-    counts = sizes.prod(1) * 3
+    cell = torch.minimum(cell.clamp(min=0), sizes[level] - 1)  # a centre may lie on the border
+    counts = sizes.prod(1) * 3  # (L,) rows of each level
     index = (cell[:, 1] * sizes[level, 0] + cell[:, 0]) * 3 + anchor
     return Match(target, level, anchor, cell, index + (counts.cumsum(0) - counts)[level])
 
@@ -987,8 +990,8 @@ class DetectionLoss:
 
     def __init__(self, anchors: Tensor, num_classes: int, config: Config):
         self.anchors, self.config = anchors, config
-        self.obj_gain = config.obj_gain * (config.imgsz / 640)**2
-        self.cls_gain = config.cls_gain * num_classes / 80
+        self.obj_gain = config.obj_gain * (config.imgsz / 640)**2  # YOLOv5's gains hold at 640 px
+        self.cls_gain = config.cls_gain * num_classes / 80  # and for COCO's 80 classes
 
     def __call__(self, raw: list[Tensor], batch: Batch) -> Tensor:
         predictions, targets = flatten_levels(raw), batch.targets  # (B, A, 5 + C)
@@ -997,17 +1000,17 @@ class DetectionLoss:
         image = targets[match.target, 0].long()
         p = predictions[image, match.index]  # (K, 5 + C)
         found = decode(p, match.cell, self.anchors[match.level, match.anchor],
-                       8 * 2**match.level[:, None])
-        size = targets.new_tensor([shapes[0][1], shapes[0][0]] * 2) * STRIDES[0]
+                       8 * 2**match.level[:, None])  # (K, 4) px; stride (K, 1)
+        size = targets.new_tensor([shapes[0][1], shapes[0][0]] * 2) * STRIDES[0]  # W H W H px
         iou = ciou(found, targets[match.target, 2:] * size)
         counts = iou.new_zeros(3).index_add(0, match.level, torch.ones_like(iou))
         share = 1 / counts[match.level]  # sums over matches become means of levels, added up
         # Departs from YOLOv5 (the last match of a cell counts): because amax knows no order.
-        goal = iou.new_zeros(predictions.shape[:2].numel()).scatter_reduce(
+        goal = iou.new_zeros(predictions.shape[:2].numel()).scatter_reduce(  # (B A,)
             0, image * predictions.shape[1] + match.index, iou.detach().clamp(min=0), "amax")
         obj = F.binary_cross_entropy_with_logits(
             predictions[..., 4], goal.view_as(predictions[..., 4]), reduction="none").mean(0)
-        obj = obj.split([h * w * 3 for h, w in shapes])
+        obj = obj.split([h * w * 3 for h, w in shapes])  # a mean each: P3 has most of the cells
         loss = (self.config.box_gain * ((1 - iou) * share).sum()
                 + self.obj_gain * sum(b * o.mean() for b, o in zip((4.0, 1.0, 0.4), obj)))
         if p.shape[1] > 6:  # with one class, objectness says it all
@@ -1024,8 +1027,8 @@ class ClassificationLoss:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         total = F.cross_entropy(logits, batch.labels, self.class_weights.to(logits),
-                                ignore_index=NO_LABEL, reduction="sum")
-        known = batch.labels != NO_LABEL
+                                ignore_index=NO_LABEL, reduction="sum")  # a mean over none is NaN
+        known = batch.labels != NO_LABEL  # -100 is no index: hence the clamp, then the mask
         return total / (self.class_weights[batch.labels.clamp(min=0)] * known).sum().clamp(min=1e-9)
 
 def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[str, Any]:
@@ -1060,25 +1063,25 @@ class GradNorm:
         self.w = torch.tensor(initial_weights, dtype=dtype, device=device)
         self.L0 = torch.zeros_like(self.w) if L0 is None else torch.as_tensor(L0).to(self.w)
         self.r, self.alpha, self.w_min = torch.ones_like(self.w), alpha, w_min
-        self.optimizer = torch.optim.Adam([self.w], lr=lr, fused=True)
+        self.optimizer = torch.optim.Adam([self.w], lr=lr, fused=True)  # its .grad is set by hand
 
     @torch.no_grad()
     def update(self, L: Tensor, n: Tensor) -> Tensor:
         """The next w (T,), from losses L (T,) and the norms n (T,) at W of their own gradients."""
-        T, labelled = len(self.w), (torch.minimum(L, n) > 0).all()
+        T, labelled = len(self.w), (torch.minimum(L, n) > 0).all()  # without labels L or n is 0
         self.L0 = torch.where(self.L0 > 0, self.L0, L)
-        L_tilde = L / self.L0.clamp(min=1e-12)
-        r = self.r = L_tilde / L_tilde.mean().clamp(min=1e-12)
-        G = self.w * n
+        L_tilde = L / self.L0.clamp(min=1e-12)  # (T,); down to G: GradNorm, section 3.1
+        r = self.r = L_tilde / L_tilde.mean().clamp(min=1e-12)  # (T,), of mean 1
+        G = self.w * n  # (T,), of the step just made
         target = G.mean() * r**self.alpha  # a constant: L_grad is not differentiated through it
-        dL_grad_dw = torch.sign(G - target) * n
+        dL_grad_dw = torch.sign(G - target) * n  # GradNorm, eq. 2, differentiated
         # Departs from the paper (all tasks have labels): because without labels nothing is known.
         self.w.grad = dL_grad_dw * labelled
         self.optimizer.step()
         # Departs from the paper (w <- w T / sum(w)): because w goes negative; w_min = 0 gives that.
         above = (self.w - self.w_min).clamp(min=1e-12)
-        self.w.copy_(self.w_min + above * (T - T * self.w_min) / above.sum())
-        return self.w.clone()
+        self.w.copy_(self.w_min + above * (T - T * self.w_min) / above.sum())  # Adam holds this w
+        return self.w.clone()  # a copy: the next update must not change a logged w
 
     def state_dict(self) -> dict:
         return {"w": self.w.clone(), "L0": self.L0,
@@ -1114,7 +1117,7 @@ def similarities(gram: Tensor) -> tuple[Tensor, Tensor]:
     gram: (..., T, T), the inner products of the tasks' gradients.
     """
     T, squares = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
-    ab = (squares[..., None] * squares[..., None, :]).sqrt()
+    ab = (squares[..., None] * squares[..., None, :]).sqrt()  # (..., T, T)
     cosine = gram / ab.clamp(min=1e-30)
     similarity = 2 * ab / (squares[..., None] + squares[..., None, :]).clamp(min=1e-30)
     above = torch.stack([cosine, similarity]).triu(1)  # each pair once
@@ -1126,27 +1129,27 @@ def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     The graph is cut at P3: each weighted loss goes back to the cut, where its gradient g_i is read;
     the sum goes on through the trunk. The gradient at W takes g_i through the last layer alone.
     """
-    P3, cut, outputs = part(batch.images)
+    P3, cut, outputs = part(batch.images)  # P3, cut: (B, c_out, H/8, W/8)
     L, g = [], []
-    for w_i, (task, output) in zip(w, outputs.items()):
+    for w_i, (task, output) in zip(w, outputs.items()):  # heads and w: in the order of the tasks
         L_i = losses[task](to_float(output), batch)
         (w_i * L_i).backward()
         L.append(L_i.detach())
         g.append(cut.grad)
-        cut.grad = None
+        cut.grad = None  # else the next task adds to the same tensor
     L = mean_over_ranks(torch.stack(L))
     if len(g) == 1:
         P3.backward(g[0])
         return Signals(L)
-    W = getattr(part, "module", part).trunk.W
+    W = getattr(part, "module", part).trunk.W  # .module: inside DistributedDataParallel
     grad_W = [torch.autograd.grad(P3, W, g_i, retain_graph=True)[0].reshape(-1) for g_i in g]
-    P3.backward(sum(g[1:], g[0]))
+    P3.backward(sum(g[1:], g[0]))  # the trunk's backward is linear: one pass does for all tasks
     grad_W = mean_over_ranks(torch.stack(grad_W))  # before the norm: w is the same on all ranks
     # Flat in channels_last order, where that needs no copy.
-    grad_P3 = torch.stack([g_i.permute(0, 2, 3, 1).reshape(-1) for g_i in g]).to(L)
+    grad_P3 = torch.stack([g_i.permute(0, 2, 3, 1).reshape(-1) for g_i in g]).to(L)  # (T, B h w c)
     with torch.autocast(L.device.type, enabled=False):  # products need their digits
-        gram_P3, gram_W = grad_P3 @ grad_P3.T, grad_W @ grad_W.T
-    return Signals(L, gram_W.diagonal().sqrt() / w, gram_P3, gram_W)
+        gram_P3, gram_W = grad_P3 @ grad_P3.T, grad_W @ grad_W.T  # (T, T) each
+    return Signals(L, gram_W.diagonal().sqrt() / w, gram_P3, gram_W)  # g_i carries w_i, n does not
 
 def to_float(output: Any) -> Any:
     """A head's output out of bfloat16, so that losses keep their digits under autocast."""
@@ -1179,7 +1182,7 @@ def average_precision(truth: list[np.ndarray], found: list[np.ndarray], num_clas
     For each image, truth: (n, 5) class, x1 y1 x2 y2 px; found: (n, 6) x1 y1 x2 y2, score, class.
     """
     from pycocotools.cocoeval import COCOeval
-    objects = [np.column_stack([np.full(len(t), i), t[:, 1:3], t[:, 3:] - t[:, 1:3],
+    objects = [np.column_stack([np.full(len(t), i), t[:, 1:3], t[:, 3:] - t[:, 1:3],  # x y w h
                                 np.ones(len(t)), t[:, 0]]) for i, t in enumerate(truth)]
     rows = [np.column_stack([np.full(len(d), i), d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4:]])
             for i, d in enumerate(found)]
@@ -1189,13 +1192,13 @@ def average_precision(truth: list[np.ndarray], found: list[np.ndarray], num_clas
         return np.where(have, 0.0, np.nan)[None].repeat(len(thresholds), 0)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         run = COCOeval(*(coco_set(x, len(truth), num_classes) for x in (objects, rows)), "bbox")
-        run.params.iouThrs, run.params.areaRng = thresholds, [[0, 1e10]]
+        run.params.iouThrs, run.params.areaRng = thresholds, [[0, 1e10]]  # px^2: any size
         run.params.areaRngLbl = ["all"]
         run.params.maxDets = [max_det]  # Departs from COCO (100): because YOLOv5 counts 300.
         run.evaluate()
         run.accumulate()
     precision = run.eval["precision"][:, :, :, 0, 0]  # (thresholds, recalls, classes), -1: no box
-    return np.where(precision[:, 0] < 0, np.nan, precision.mean(1))
+    return np.where(precision[:, 0] < 0, np.nan, precision.mean(1))  # (thresholds, C)
 
 def accuracies(truth: np.ndarray, guess: np.ndarray, num_labels: int) -> tuple:
     """Accuracy, balanced accuracy (mean of the classes that occur), each class's own (C,)."""
@@ -1211,7 +1214,7 @@ def evaluate(network: Network, data: JointSet, config: Config,
     device, was_training = next(network.parameters()).device, network.training
     network.eval()
     found, guess = [], []
-    for batch in batches(data, config, None):
+    for batch in batches(data, config, None):  # in order, so that guess i belongs to image i
         outputs = network(to_device(batch, device).images)
         if "det" in outputs:
             anchors = network.parts[0].heads["det"].anchors
@@ -1224,7 +1227,7 @@ def evaluate(network: Network, data: JointSet, config: Config,
     if found:
         truth = [data.truth(i) for i in range(len(data))]
         ap = average_precision(truth, found, len(data.names), config.max_det, thresholds)
-        have = ~np.isnan(ap[0])
+        have = ~np.isnan(ap[0])  # a class without boxes does not count as 0
         if have.any():
             metrics["mAP50"] = float(ap[0, have].mean())
             metrics["mAP50-95"] = float(ap[:, have].mean()) if len(ap) == 10 else None
@@ -1248,16 +1251,16 @@ class Run:
     """Everything that the rest of a run depends on; `state_dict` is all a checkpoint needs."""
 
     def __init__(self, config: Config, train_set: JointSet, device: torch.device):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # before the network draws its weights
         anchors = np.ones((3, 3, 2)) if config.anchors == "auto" else np.array(config.anchors)
         if config.anchors == "auto" and "det" in config.tasks:
-            wh = np.concatenate([boxes[:, 3:] for boxes in train_set.boxes])
-            anchors = fit_anchors(wh * train_set.canvas[::-1])
+            wh = np.concatenate([boxes[:, 3:] for boxes in train_set.boxes])  # (N, 2) fractions
+            anchors = fit_anchors(wh * train_set.canvas[::-1])  # px; canvas is H, W but wh is w, h
         self.config, self.device, self.epoch, self.best = config, device, 0, -1.0
         num_labels = len(train_set.classification_names)
         self.network = Network(config, len(train_set.names), num_labels, anchors)
         self.network.to(device, memory_format=torch.channels_last)
-        self.losses = make_losses(self.network, train_set, config)
+        self.losses = make_losses(self.network, train_set, config)  # after .to(): it keeps anchors
         self.modules, self.world, self.rank = list(self.network.parts), 1, 0
         if torch.distributed.is_initialized():
             self.world = torch.distributed.get_world_size()
@@ -1296,8 +1299,8 @@ def learning_rate(progress: float, warmup: float) -> float:
 
 def train_step(run: Run, batch: Batch, progress: float, backward=backward) -> dict[str, Tensor]:
     """One step of every network, then of the balancer; what the log needs, still as tensors."""
-    signals, grad_norms, bf16 = [], [], run.config.amp == "bf16"
-    weights = run.w.split(len(run.w) // len(run.modules))
+    signals, grad_norms, bf16 = [], [], run.config.amp == "bf16"  # float32's range: needs no scaler
+    weights = run.w.split(len(run.w) // len(run.modules))  # dual: (1,) each, else (T,)
     for module, optimizer, w in zip(run.modules, run.optimizers, weights):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(progress, run.config.warmup)
@@ -1307,11 +1310,11 @@ def train_step(run: Run, batch: Batch, progress: float, backward=backward) -> di
         grad_norms.append(nn.utils.clip_grad_norm_(module.parameters(), run.config.grad_clip))
         optimizer.step()
     L, s = torch.cat([s.L for s in signals]), signals[0]
-    log = {"L": L, "w": run.w, "grad_norm": torch.stack(grad_norms).max()}
+    log = {"L": L, "w": run.w, "grad_norm": torch.stack(grad_norms).max()}  # before clipping
     if s.gram_W is not None:
         log |= {"n": s.n, "gram_P3": s.gram_P3, "gram_W": s.gram_W}
     if run.balancer:
-        run.w = run.balancer.update(L, s.n)
+        run.w = run.balancer.update(L, s.n)  # after the log has this step's w
         log["r"] = run.balancer.r
     return log
 
@@ -1327,7 +1330,7 @@ def log_rows(steps: list[dict[str, Tensor]], tasks: tuple[str, ...]) -> list[dic
     for key, values in table.items():
         if values.ndim == 1:
             columns[key] = values
-        elif values.ndim == 2 and key != "n":
+        elif values.ndim == 2 and key != "n":  # n is G / w
             columns |= {f"{key}/{task}": x for task, x in zip(tasks, values.T)}
     return [dict(zip(columns, row)) for row in torch.stack(list(columns.values()), 1).tolist()]
 
@@ -1343,7 +1346,7 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
     for k, batch in enumerate(loader):
         batch = augment(to_device(batch, run.device), config, rng)
         images = batch.images
-        if small:
+        if small:  # targets are fractions: they hold at any size
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         batch = batch._replace(images=images.contiguous(memory_format=torch.channels_last))
         steps.append(train_step(run, batch, (run.epoch + k / len(loader)) / config.epochs))
@@ -1367,7 +1370,7 @@ def train(run: Run, train_set: JointSet, val_set: JointSet) -> Iterator[list[dic
               desc=config.mode, disable=run.rank > 0 or None) as bar:
         while run.epoch < config.epochs:
             rows = train_epoch(run, train_set, bar)
-            run.epoch += 1
+            run.epoch += 1  # before the yield: a checkpoint counts whole epochs
             last, started = run.epoch == config.epochs, time.perf_counter()
             if run.rank == 0 and (last or run.epoch % config.eval_interval == 0):
                 thresholds = IOU_THRESHOLDS if last else IOU_THRESHOLDS[:1]
@@ -1400,8 +1403,8 @@ def interference(rows: list[dict], tasks: tuple[str, ...]) -> dict[str, Any] | N
     """Means over all steps of what the tasks' gradients do to each other; None if apart."""
     if "cosine" not in rows[0]:
         return None
-    G = np.array([[row[f"G/{task}"] for task in tasks] for row in rows])
-    shares = (G / G.sum(1, keepdims=True).clip(1e-30)).mean(0)
+    G = np.array([[row[f"G/{task}"] for task in tasks] for row in rows])  # (steps, T)
+    shares = (G / G.sum(1, keepdims=True).clip(1e-30)).mean(0)  # (T,), each step counting alike
     return {"cosine_mean": float(np.mean([row["cosine"] for row in rows])),
             "magnitude_similarity": float(np.mean([row["similarity"] for row in rows])),
             "conflict_share": float(np.mean([row["cosine"] < 0 for row in rows])),
@@ -1411,7 +1414,7 @@ def interference(rows: list[dict], tasks: tuple[str, ...]) -> dict[str, Any] | N
 def summarise(run: Run, rows: list[dict], canvas: tuple[int, int]) -> dict[str, Any]:
     """The flat contract of results.json, from a finished run and all rows of its log."""
     config, times = run.config, [row["time"] for row in rows if "time" in row]
-    total = {key: sum(t.get(key, 0) for t in times)
+    total = {key: sum(t.get(key, 0) for t in times)  # eval_s is not in every epoch
              for key in ("train_s", "train_cpu_s", "eval_s", "images")}
     first, final, losses = list(config.weights), run.w.tolist(), [row["loss"] for row in rows]
     return {
@@ -1452,7 +1455,7 @@ class Predictor:
             self.names, self.classification_names = state["names"], state["classification_names"]
             num_labels = len(self.classification_names)
             self.network = Network(self.config, len(self.names), num_labels, np.ones((3, 3, 2)))
-            self.network.load_state_dict(state["run"]["network"])
+            self.network.load_state_dict(state["run"]["network"])  # brings the anchors too
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: its tensors do not fit its config: it is damaged") from error
         self.device = torch.device(device)
@@ -1465,7 +1468,7 @@ class Predictor:
         Without the boxes that score below `least`.
         """
         image = image if isinstance(image, Image.Image) else read_image(Path(image))
-        canvas = canvas_size([image.size], self.config.imgsz)
+        canvas = canvas_size([image.size], self.config.imgsz)  # its own: training's may be larger
         left, top, w, h = fit(image.size, canvas)
         pixels = torch.tensor(letterbox(image, canvas), device=self.device)
         outputs = self.network(pixels.permute(2, 0, 1)[None].float() / 255)  # (1, 3, H, W)
@@ -1474,7 +1477,7 @@ class Predictor:
             anchors = self.network.parts[0].heads["det"].anchors
             rows = find_boxes(outputs["det"], anchors, self.config)[0]
             rows[:, :4] = (rows[:, :4] - [left, top] * 2) * (image.size * 2) / ([w, h] * 2)
-            rows[:, :4] = rows[:, :4].clip(0, image.size * 2)
+            rows[:, :4] = rows[:, :4].clip(0, image.size * 2)  # px of the image as given
             found["boxes"] = [{"name": self.names[int(row[5])], "score": float(row[4]),
                                "box_xyxy": row[:4].tolist()} for row in rows if row[4] >= least]
         if "cls" in outputs:
@@ -1493,8 +1496,8 @@ SINGLE = {"mAP50-95": "detect", "balanced_accuracy": "classify"}  # metric: sing
 
 def t_quantile(df: int) -> float:
     """97.5 % quantile of Student's t: with x = sqrt(df) tan(a), its density is cos(a)^(df - 1)."""
-    angle = np.linspace(0, np.pi / 2, 200_001)
-    mass = np.cumsum(np.cos(angle)**(df - 1))
+    angle = np.linspace(0, np.pi / 2, 200_001)  # x from 0 to infinity
+    mass = np.cumsum(np.cos(angle)**(df - 1))  # of x > 0: its top 5 % are 2.5 % of all
     return math.sqrt(df) * math.tan(angle[np.searchsorted(mass, 0.95 * mass[-1])])
 
 def interval(values: Any) -> dict[str, Any]:
@@ -1508,12 +1511,12 @@ def interval(values: Any) -> dict[str, Any]:
 def sign_flip_p(differences: Any) -> float:
     """Exact two-sided p: share of the 2^n sign patterns whose mean is as far from 0 as seen."""
     d = np.asarray(differences, float)
-    signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
+    signs = np.array(list(itertools.product((1, -1), repeat=len(d))))  # (2^n, n)
     return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-12 * np.abs(d).sum()))
 
 def run_cell(config: Config, folder: Path) -> dict[str, Any]:
     """results.json of one run in its own process; taken up where it stands, never done twice."""
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples, as in the file
     done, started = folder / "results.json", folder / "config.yaml"
     if not done.exists() or json.loads(done.read_text())["config"] != wanted:
         settings = [f"{key}={json.dumps(value)}" for key, value in wanted.items()]
@@ -1572,7 +1575,7 @@ def quantities(results: dict[tuple, dict], labels: list[str], seeds: list[int]) 
     if joint and set(SINGLE.values()) <= set(labels):
         scores = np.array([[table[m][key] for key in SINGLE] for m in joint])  # (modes, 2, seeds)
         alone = np.array([table[single][key] for key, single in SINGLE.items()])  # (2, seeds)
-        ranks = 1 + (scores[None] > scores[:, None]).sum(1)
+        ranks = 1 + (scores[None] > scores[:, None]).sum(1)  # (modes, 2, seeds), 1 = best
         for mode, gain, rank in zip(joint, 100 * (scores / alone - 1).mean(1), ranks.mean(1)):
             table[mode] |= {"delta_m": gain.tolist(), "mean_rank": rank.tolist()}
     return table
@@ -1607,7 +1610,7 @@ def judge(claims: list[dict], table: dict[str, dict[str, list]]) -> list[dict[st
         x = np.divide(x, base) if versus else np.asarray(x, float)
         measured = interval(100 * (x - 1) if kind == "gain" else x)
         low, high = claim.get("at_least", -math.inf), claim.get("at_most", math.inf)
-        start, end = measured["ci95"] or [-math.inf, math.inf]
+        start, end = measured["ci95"] or [-math.inf, math.inf]  # one seed alone decides nothing
         verdict = ("holds" if low <= start and end <= high else
                    "does not hold" if end < low or start > high else "not decided by these data")
         said = {key: claim.get(key, "") for key in ("id", "claim", "reported", "unit", "measure")}
@@ -1647,7 +1650,7 @@ def smoke_test(seed: int, rule: str) -> dict[str, Any]:
         out, losses = forward()
         L = losses.detach()
         if rule == "report" and step >= 10:
-            g = norms(losses, out)
+            g = norms(losses, out)  # (2,), at the heads' outputs, not at W
             L0, G0_bar = (L, g.mean()) if L0 is None else (L0, G0_bar)
             w = report_rule(w, g, G0_bar, L / L0 / (L / L0).mean(), 1.5)
             ratios.append(g)
@@ -1658,7 +1661,7 @@ def smoke_test(seed: int, rule: str) -> dict[str, Any]:
         optimizer.step()
         log.append(torch.cat([w, loss.detach()[None]]))
         w = balancer.update(L, n) if rule == "gradnorm" else w
-    log, seconds = torch.stack(log).numpy(), time.perf_counter() - started
+    log, seconds = torch.stack(log).numpy(), time.perf_counter() - started  # (50, 3)
     G = w * norms(forward()[1], [W, W])  # whose gradient the trunk would follow from here on
     ratio = float(np.mean([g[0] / g[1] for g in ratios])) if ratios else None
     return {"w": np.vstack([log[:, :2], w.tolist()]), "loss": log[:, 2], "seconds": seconds,
@@ -1670,7 +1673,7 @@ def smoke_quantities(seeds: range) -> tuple[dict[str, dict[str, list]], dict[str
     runs = {rule: [smoke_test(seed, rule) for seed in seeds] for rule in ("report", "gradnorm")}
     table = {}
     for rule, of_rule in runs.items():
-        epochs = np.array([run["loss"].reshape(5, 10).mean(1) for run in of_rule])
+        epochs = np.array([run["loss"].reshape(5, 10).mean(1) for run in of_rule])  # (seeds, 5)
         final = np.array([run["w"][-1] for run in of_rule])
         columns = {"final_weight_det": final[:, 0], "final_weight_cls": final[:, 1],
                    "weight_change_det": final[:, 0] - 1.0, "weight_change_cls": final[:, 1] - 0.01,
@@ -1706,8 +1709,8 @@ def textbook_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) ->
     L = torch.stack([losses[task](head(P3), batch) for task, head in part.heads.items()])
     G = torch.stack([torch.autograd.grad(w_i * L_i, part.trunk.W, retain_graph=True,
                                          create_graph=True)[0].norm() for w_i, L_i in zip(w, L)])
-    target = (G.mean() * (L / L.mean())**1.5).detach()
-    torch.autograd.grad((G - target).abs().sum(), w, retain_graph=True)
+    target = (G.mean() * (L / L.mean())**1.5).detach()  # L, not L_tilde: only its cost matters
+    torch.autograd.grad((G - target).abs().sum(), w, retain_graph=True)  # not used, but timed
     (w.detach() * L).sum().backward()
     return Signals(L.detach(), (G / w).detach())
 
@@ -1734,12 +1737,12 @@ def time_interleaved(steps: dict[str, Any], rounds: int, device: torch.device,
                      bar: tqdm) -> np.ndarray:
     """Seconds (rounds, steps, 2) wall and CPU; steps in turns, so that drift hits all alike."""
     times = np.zeros((rounds + 2, len(steps), 2))
-    for of_round in times:
+    for of_round in times:  # (steps, 2), a view that `spent` fills
         for step, spent in zip(steps.values(), of_round):
             wall, cpu = time.perf_counter(), time.process_time()
             step()
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
+                torch.cuda.synchronize(device)  # a step returns before the GPU is done
             spent[:] = time.perf_counter() - wall, time.process_time() - cpu
         bar.update()
     return times[2:]  # without two rounds of warm-up
@@ -1751,7 +1754,7 @@ def bench_case(config: Config, device: torch.device, rounds: int, bar: tqdm, nam
                                 train_images=config.batch_size))
     made = {name: make_variant(name, config, data, device, tasks) for name in names}
     times = time_interleaved({a: m[0] for a, m in made.items()}, rounds, device, bar)
-    wall, cpu = (dict(zip(names, times[:, :, k].T)) for k in (0, 1))
+    wall, cpu = (dict(zip(names, times[:, :, k].T)) for k in (0, 1))  # name -> (rounds,)
     rows = {"inference_images_per_s": {}, "flops_per_image": {}}
     for name, (_, network, images) in made.items():
         network.eval()
@@ -1763,13 +1766,13 @@ def bench_case(config: Config, device: torch.device, rounds: int, bar: tqdm, nam
     def spread(x: np.ndarray, scale: float = 1.0) -> dict[str, float]:
         return {"median": scale * np.median(x), "min": scale * x.min(), "max": scale * x.max()}
 
-    fair = cpu if device.type == "cpu" else wall
+    fair = cpu if device.type == "cpu" else wall  # CPU time leaves out what neighbours take
     pairs = [(name, "fixed") for name in ("gradnorm", "textbook", "dual", "detect", "classify")]
     pairs += [("textbook", "gradnorm"), ("nchw", "gradnorm")]
     return rows | {"step_ms": {name: spread(x, 1000) for name, x in wall.items()},
                    "cpu_ms": {name: spread(x, 1000) for name, x in cpu.items()},
                    "images_per_s": {a: config.batch_size / np.median(x) for a, x in wall.items()},
-                   "ratios": {f"{a}/{b}": spread(fair[a] / fair[b])
+                   "ratios": {f"{a}/{b}": spread(fair[a] / fair[b])  # in a round drift cancels
                               for a, b in pairs if a in names and b in names}}
 
 def bench(config: Config, device: torch.device, rounds: int = 40) -> dict[str, Any]:
@@ -1811,7 +1814,7 @@ def clean(value: Any) -> Any:
 def write_atomic(path: Path, content: Any) -> None:
     """Writes text, bytes, or an object by torch: the file is the old or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".part")  # same folder: there a rename is atomic
     if not isinstance(content, (str, bytes)):
         buffer = io.BytesIO()  # torch's own writer hides the reason of a failure
         torch.save(content, buffer)
@@ -1820,7 +1823,7 @@ def write_atomic(path: Path, content: Any) -> None:
         with part.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         part.replace(path)
     except OSError as error:
         reason = f"{error.strerror}; the last good file is kept"
@@ -1894,7 +1897,7 @@ def annotate(image: Image.Image, found: dict[str, Any], names: list[str]) -> Ima
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
         score = f" {box['score']:.2f}" if "score" in box else ""
         notes.append(((x1, max(0, y1 - 14)), box["name"] + score, colour))
-    for spot, text, colour in notes[::-1]:
+    for spot, text, colour in notes[::-1]:  # the best last, on top
         draw.rectangle(draw.textbbox(spot, text, font=font), fill="black")
         draw.text(spot, text, fill=colour, font=font)
     return sheet
@@ -1933,8 +1936,8 @@ def draw_run(rows: list[dict], title: str, data: JointSet, predictor: Predictor,
     """The figure of one run: its curves, and four validation images, truth above prediction."""
     fig, axes = panels(3, 4, (13, 9.5))
     draw_curves(axes[0], rows)
-    for i, column in enumerate(axes[1:].T):
-        i %= len(data)
+    for i, column in enumerate(axes[1:].T):  # column: (2,), truth above prediction
+        i %= len(data)  # a split may hold fewer than four
         image = Image.fromarray(data.__getitems__([i]).images[0].permute(1, 2, 0).numpy())
         truth = {"boxes": [{"name": data.names[int(k)], "box_xyxy": box}
                            for k, *box in data.truth(i).tolist()], "classification": None}
@@ -2114,7 +2117,7 @@ def start_files(run: Run, out: Path, resume: bool) -> list[dict]:
                             "settings") from error
         lines = log.read_text().splitlines(keepends=True)  # the last may be cut short
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        rows = [row for row in rows if row["epoch"] < run.epoch]
+        rows = [row for row in rows if row["epoch"] < run.epoch]  # the log may be ahead of last.pt
     if run.rank == 0:
         for name in () if rows else ("last.pt", "best.pt", "results.json", "figure.png"):
             (out / name).unlink(missing_ok=True)
@@ -2134,7 +2137,7 @@ def save_epoch(run: Run, rows: list[dict], train_set: JointSet, out: Path) -> No
     settings = clean(dataclasses.asdict(run.config))
     state = {"format": "jointgrad/1", "config": settings, "names": train_set.names,
              "classification_names": train_set.classification_names, "run": run.state_dict()}
-    for name in ["best.pt"] * better + ["last.pt"]:
+    for name in ["best.pt"] * better + ["last.pt"]:  # last.pt last: it says where to resume
         write_atomic(out / name, state)
 
 def data_name(config: Config) -> str:
@@ -2299,7 +2302,7 @@ def export(config: Config, folder: Path) -> int:
 
 def report_data(config: Config) -> int:
     """Counts of a data set by split and class, its canvas and anchors; faults end it before."""
-    splits = load_data(replace(config, cache_mb=0))
+    splits = load_data(replace(config, cache_mb=0))  # counts need no pixels
     warn(splits)
     train = splits[0]
     labels = {name: k for k, name in enumerate(train.classification_names)} | {"none": NO_LABEL}

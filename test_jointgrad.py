@@ -1069,6 +1069,16 @@ def joint_case(*overrides, images=4):
     return network, losses, batch
 
 
+def test_gradients_reach_a_conv_in_the_memory_order_of_its_output():
+    """A slice and a pool hand back gradients of another order, slow to work on."""
+    order, seen = torch.channels_last, []
+    conv = jg.Conv(3, 4).to(memory_format=order)
+    y = conv(torch.randn(2, 3, 5, 6).contiguous(memory_format=order))
+    y.register_hook(lambda g: seen.append(g.is_contiguous(memory_format=order)))
+    (torch.cat([y, y], 1)[:, 2:].mean() + y.mean((2, 3)).sum()).backward()
+    assert seen == [True]
+
+
 def test_both_tasks_reach_exactly_the_trunk():
     """dL_det reaches trunk and detection head, dL_cls trunk and classification head."""
     network, losses, batch = joint_case()
@@ -2032,6 +2042,17 @@ def test_two_processes_train_one_run(tmp_path):
         p.name for p in (tmp_path / "out").iterdir()) == sorted(FILES)
     whole = json.loads((tmp_path / "out" / "results.json").read_text())
     assert whole["environment"]["processes"] == 2
+
+
+def test_weight_decay_falls_on_kernels_alone():
+    """Biases and BatchNorm are (c,), kernels (c_out, c_in, k, k) and (c_out, c_in)."""
+    run = jg.Run(make("mode=dual", "weight_decay=0.25"), jg.load_data(make())[0],
+                 torch.device("cpu"))
+    for part, optimizer in zip(run.network.parts, run.optimizers):
+        decay = {p: group["weight_decay"] for group in optimizer.param_groups
+                 for p in group["params"]}
+        assert set(decay) == set(part.parameters())
+        assert all(decay[p] == (0.25 if p.ndim > 1 else 0) for p in decay)
 
 
 def test_log_rows_by_hand():
