@@ -442,6 +442,9 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # last set, first asked
             with Image.open(path, formats=FORMATS) as image:
+                if image.mode == "F":
+                    raise UserError(f"{path}: floating-point pixels have no range; save as 8 or "
+                                    "16 bit")
                 yield image
     except UserError:
         raise
@@ -454,8 +457,6 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height in px as shown (after EXIF rotation), from the header alone."""
     with open_image(path) as image:
-        if image.mode == "F":
-            raise UserError(f"{path}: floating-point pixels have no range; save as 8 or 16 bit")
         if image.format == "TIFF":
             image.load()  # turns most of them by itself; only then is their size certain
         # EXIF tag 0x0112 is the orientation; with 5 to 8 width and height change places.
@@ -594,7 +595,7 @@ def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
         # In place: fractions of the image become fractions of the canvas.
         for boxes, (left, top, w, h) in zip(data.boxes, [fit(size, canvas) for size in sizes]):
             boxes[:, 1:] = (boxes[:, 1:] * [w, h, w, h] + [left, top, 0, 0]) / (canvas[::-1] * 2)
-        if len(data) * math.prod(canvas) * 3 <= config.cache_mb * 2**19:  # half a split
+        if len(data) * math.prod(canvas) * 3 <= config.cache_mb * 2**19:  # each split half
             data.pixels = np.stack([letterbox(read_image(file), canvas) for file in data.paths])
     return train, val
 
@@ -863,6 +864,10 @@ class AttentionTrunk(Trunk):
         self.insert(3, SqueezeExcite(self[2].cv3[0].out_channels))
         self.append(CBAM(self.c_out))
 
+    @property
+    def W(self) -> nn.Parameter:
+        raise UserError("mode dual shares no trunk: W, GradNorm and cosines do not exist there")
+
 class DetectionHead(nn.Module):
     """P3 -> raw maps (B, 3 (5 + C), h, w) of P3, P4, P5: rest of the backbone, PANet, Detect."""
 
@@ -1032,7 +1037,7 @@ class ClassificationLoss:
         return total / (self.class_weights[batch.labels.clamp(min=0)] * known).sum().clamp(min=1e-9)
 
 def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[str, Any]:
-    """The loss of each task; class_balance weighs class k by N / (C n_k), of mean 1 over images."""
+    """The loss of each task; class_balance weighs class k by N / (C n_k), mean 1 if all occur."""
     losses, device = {}, network.parts[0].trunk.W.device
     if "det" in config.tasks:
         anchors = network.parts[0].heads["det"].anchors
@@ -1078,7 +1083,7 @@ class GradNorm:
         # Departs from the paper (all tasks have labels): because without labels nothing is known.
         self.w.grad = dL_grad_dw * labelled
         self.optimizer.step()
-        # Departs from the paper (w <- w T / sum(w)): because w goes negative; w_min = 0 gives that.
+        # Departs from the paper (w <- w T / sum(w)): because w goes negative there.
         above = (self.w - self.w_min).clamp(min=1e-12)
         self.w.copy_(self.w_min + above * (T - T * self.w_min) / above.sum())  # Adam holds this w
         return self.w.clone()  # a copy: the next update must not change a logged w
@@ -1097,12 +1102,12 @@ class GradNorm:
 # --------------------------------------------------------------------------------------------------
 
 class Signals(NamedTuple):
-    """What a backward pass tells; all but L are None where a network has one task."""
+    """What a backward pass tells; None where one task, or another way to step, leaves it out."""
 
     L: Tensor  # losses (T,)
     n: Tensor | None = None  # norms (T,) at W of the unweighted losses' gradients
-    gram_P3: Tensor | None = None  # inner products (T, T) of the weighted gradients at P3
-    gram_W: Tensor | None = None  # and at W
+    gram_P3: Tensor | None = None  # inner products (T, T) of w_i L_i's gradients at P3, this rank's
+    gram_W: Tensor | None = None  # and at W, of their mean over ranks
 
 def mean_over_ranks(x: Tensor) -> Tensor:
     """x, averaged over the processes of a distributed run; unchanged in a run of one process."""
@@ -1343,6 +1348,7 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
     loader, steps = batches(train_set, config, run.epoch, run.world, run.rank), []
     small = config.mode == "dual" and run.epoch < round(config.progressive_share * config.epochs)
     size = [max(32, round(s * config.progressive_scale / 32) * 32) for s in train_set.canvas]
+    images_seen = 0
     for k, batch in enumerate(loader):
         batch = augment(to_device(batch, run.device), config, rng)
         images = batch.images
@@ -1350,8 +1356,9 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         batch = batch._replace(images=images.contiguous(memory_format=torch.channels_last))
         steps.append(train_step(run, batch, (run.epoch + k / len(loader)) / config.epochs))
+        images_seen += len(images)
         bar.update()
-    # Only here, once an epoch, does the program wait for a GPU.
+    # The log waits for a GPU only here, once an epoch.
     rows = [{"step": run.epoch * len(loader) + k, "epoch": run.epoch} | row
             for k, row in enumerate(log_rows(steps, config.tasks))]
     for row in rows:
@@ -1359,7 +1366,7 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
         if bad:
             w = ", ".join(f"{key} = {value:.4g}" for key, value in row.items() if key[:2] == "w/")
             raise NonFinite(f"step {row['step']}: {', '.join(bad)} not finite ({w}); lower lr")
-    rows[-1]["time"] = {"train_s": time.perf_counter() - started, "images": len(train_set),
+    rows[-1]["time"] = {"train_s": time.perf_counter() - started, "images": images_seen,
                         "train_cpu_s": time.process_time() - cpu}
     return rows
 
@@ -1386,10 +1393,11 @@ def peak_rss_mb() -> float:
 def flops_per_image(network: nn.Module, canvas: tuple[int, int]) -> int:
     """Operations of one forward pass (a multiply-add counts as two), by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
+    was_training, device = network.training, next(network.parameters()).device
     network.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, *canvas, device=next(network.parameters()).device))
-    network.train()
+        network(torch.zeros(1, 3, *canvas, device=device))
+    network.train(was_training)
     return counter.get_total_flops()
 
 def environment(device: torch.device, world: int = 1) -> dict[str, Any]:
@@ -1586,8 +1594,8 @@ def paired(table: dict[str, dict[str, list]]) -> list[dict[str, Any]]:
     for metric in METRICS:
         single = "detect" if metric.startswith("mAP") else "classify"
         for mode, versus in itertools.product(table, ("fixed", "equal", single)):
-            alone = mode == single or (mode, versus) == ("fixed", "equal")  # stands the other way
-            if mode == versus or alone:
+            mirrored = mode == single or (mode, versus) == ("fixed", "equal")  # told the other way
+            if mode == versus or mirrored:
                 continue
             if metric in table[mode] and metric in table.get(versus, {}):
                 d = np.subtract(table[mode][metric], table[versus][metric])
@@ -1723,6 +1731,8 @@ def make_variant(name: str, config: Config, data: JointSet, device: torch.device
     for k in range(2, tasks):  # more classification heads on P3
         part.heads[f"cls{k}"] = ClassificationHead(part.trunk.c_out, len(VIEWS), config.dropout)
         run.losses[f"cls{k}"] = run.losses["cls"]
+        run.optimizers[0].add_param_group({"params": part.heads[f"cls{k}"].parameters(),
+                                           "peak": config.lr})
     if tasks > 2:
         run.w = torch.ones(tasks, device=device)
         run.balancer = run.balancer and GradNorm(run.w.tolist(), device=device)
@@ -1981,7 +1991,7 @@ def draw_smoke(runs: dict[str, list], path: Path) -> None:
     """The smoke test's weights under the report's rule and under GradNorm, and the total loss."""
     fig, axes = panels(1, 3, (12, 3.4))
     titles = {"report": "The report's rule: w sums to 4,\ndetection falls to 0",
-              "gradnorm": "GradNorm as published: w sums to 2,\nboth tasks keep a weight"}
+              "gradnorm": "GradNorm: w sums to 2,\nboth tasks keep a weight"}
     for ax, (rule, title) in zip(axes[0], titles.items()):
         for k, task in enumerate(COLOURS):
             for i, run in enumerate(runs[rule]):
@@ -2058,7 +2068,7 @@ def report_smoke(results: dict[str, Any]) -> str:
     rows = [[c["name"], c["reported"], c["measured"], c["range"], word[c["ok"]],
              results["rules"]["smoke_gradnorm"][c["name"]]] for c in results["checks"]]
     return markdown(["number", "reported", "measured", "range over seeds", "ok",
-                     "under GradNorm as published"], rows) + f"""
+                     "under GradNorm"], rows) + f"""
 Why the report's rule collapses: its norms are those of the unweighted losses, so the weights never
 feed back, and every update multiplies w_det / w_cls by g_cls / g_det. That ratio of output
 gradients, mean cross-entropy over mean BCE, is {cell(results["gradient_ratio"]["mean"])} here \
@@ -2306,12 +2316,12 @@ def report_data(config: Config) -> int:
     warn(splits)
     train = splits[0]
     labels = {name: k for k, name in enumerate(train.classification_names)} | {"none": NO_LABEL}
-    boxes = [np.concatenate(split.boxes)[:, 0].tolist() for split in splits]
+    kinds = [np.concatenate(split.boxes)[:, 0].tolist() for split in splits]  # a class each box
     rows = [["images", *map(len, splits)]]
-    rows += [[f"box {name}", *(b.count(k) for b in boxes)] for k, name in enumerate(train.names)]
+    rows += [[f"box {name}", *(b.count(k) for b in kinds)] for k, name in enumerate(train.names)]
     rows += [[f"class {name}", *(s.labels.count(k) for s in splits)] for name, k in labels.items()]
     print(markdown(["", "train", "val"], rows) + f"canvas {train.canvas[1]} x {train.canvas[0]} px")
-    if boxes[0]:
+    if kinds[0]:
         sizes = np.concatenate([b[:, 3:] for b in train.boxes]) * train.canvas[::-1]
         print("anchors, px:", np.round(fit_anchors(sizes)).astype(int).tolist())
     return 0

@@ -637,6 +637,8 @@ def test_float_tiff_is_a_user_error(tmp_path):
     path = make_set(tmp_path, two())
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "images/train/f.tif")
     fault(path, "f.tif: floating-point pixels")
+    with pytest.raises(jg.UserError, match="f.tif: floating-point pixels"):
+        jg.read_image(tmp_path / "images/train/f.tif")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
@@ -1122,6 +1124,12 @@ def test_dual_networks_share_no_storage_and_have_both_attentions():
     kinds = [{type(m) for m in part.modules()} for part in (det, cls)]
     assert {jg.SqueezeExcite, jg.CBAM} <= kinds[1] and not {jg.SqueezeExcite, jg.CBAM} & kinds[0]
     assert network.parameter_counts()["trunk"] == 0
+
+
+def test_asking_dual_for_a_shared_W_is_an_error():
+    network = jg.Network(make("mode=dual"), 3, 3, np.ones((3, 3, 2)))
+    with pytest.raises(jg.UserError, match="dual shares no trunk"):
+        network.parts[1].trunk.W
 
 
 def test_squeeze_excite_equals_its_formula():
