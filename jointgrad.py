@@ -1676,9 +1676,9 @@ def smoke_test(seed: int, rule: str) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in parameters), "ratio": ratio,
             "share_det": float(G[0] / G.sum())}
 
-def smoke_quantities(seeds: range) -> tuple[dict[str, dict[str, list]], dict[str, list]]:
-    """What the smoke test gives under both rules, over seeds: numbers for `judge`, and the runs."""
-    runs = {rule: [smoke_test(seed, rule) for seed in seeds] for rule in ("report", "gradnorm")}
+def smoke_quantities(seeds: range, rules: tuple[str, ...] = ("report", "gradnorm")) -> tuple:
+    """What the smoke test gives under each rule, over seeds: numbers for `judge`, and the runs."""
+    runs = {rule: [smoke_test(seed, rule) for seed in seeds] for rule in rules}
     table = {}
     for rule, of_rule in runs.items():
         epochs = np.array([run["loss"].reshape(5, 10).mean(1) for run in of_rule])  # (seeds, 5)
@@ -1690,7 +1690,8 @@ def smoke_quantities(seeds: range) -> tuple[dict[str, dict[str, list]], dict[str
                    "train_seconds": [run["seconds"] for run in of_rule]}
         columns |= {key: [run[key] for run in of_rule] for key in ("parameters", "share_det")}
         table[f"smoke_{rule}"] = {key: np.asarray(v, float).tolist() for key, v in columns.items()}
-    table["smoke_report"]["gradient_ratio"] = [run["ratio"] for run in runs["report"]]
+        if rule == "report":
+            table["smoke_report"]["gradient_ratio"] = [run["ratio"] for run in of_rule]
     return table, runs
 
 def check_smoke(reported: dict, table: dict[str, list]) -> list[dict[str, Any]]:
@@ -1969,22 +1970,29 @@ def draw_compare(results: dict[str, Any], path: Path) -> None:
              "delta_m": "Change against single task, %\n(mean of both tasks, up is better)",
              "step_cpu_ms": "CPU time of a step, ms"}
     have = [m for m in shown if any(m in q for q in results["modes"].values())]
+    key = (results["sweep"] or "").partition("=")[0]
     fig, axes = panels(1, len(have), (3 * len(have), 3.4))
     for ax, metric in zip(axes[0], have):
-        lines = {}  # mode -> [(where, quantity)], one line a mode where a key was swept
+        lines = {}  # mode -> {value, or the mode itself where no key is swept: quantity}
         for label, q in results["modes"].items():
-            mode, _, value = label.partition(" ")
+            mode, _, setting = label.partition(" ")
             if metric in q:
-                lines.setdefault(mode, []).append((value or mode, q[metric]))
+                lines.setdefault(mode, {})[setting.partition("=")[2] or mode] = q[metric]
+        ticks = list(dict.fromkeys(tick for line in lines.values() for tick in line))
         for mode, line in lines.items():
-            x, mean = [at for at, _ in line], np.array([q["mean"] for _, q in line])
-            ends = np.array([q["ci95"] or [q["mean"]] * 2 for _, q in line])
-            ax.errorbar(x, mean, np.abs(ends.T - mean), capsize=3, marker="o",
-                        color=f"C{MODES.index(mode)}", label=mode if x != [mode] else None)
-            for at, q in line:
+            aside = 0.08 * (MODES.index(mode) - 2.5) * bool(key)  # intervals side by side
+            x = [ticks.index(tick) + aside for tick in line]
+            mean = np.array([q["mean"] for q in line.values()])
+            ends = np.array([q["ci95"] or [q["mean"]] * 2 for q in line.values()])
+            ax.errorbar(x, mean, np.abs(ends.T - mean), capsize=3, marker="o", label=mode,
+                        color=f"C{MODES.index(mode)}")
+            for at, q in zip(x, line.values()):
                 ax.plot([at] * len(q["per_seed"]), q["per_seed"], ".", color="0.6", ms=4)
-        ax.tick_params("x", rotation=40)
-        label_axis(ax, shown[metric])
+        ax.set_xticks(range(len(ticks)), ticks, rotation=40)
+        ax.set_title(shown[metric], fontsize=9)
+        ax.set_xlabel(key)
+    if key:
+        axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(fig, path)
 
 def draw_smoke(runs: dict[str, list], path: Path) -> None:
@@ -2065,8 +2073,9 @@ def report_claims(claims: list[dict[str, Any]]) -> str:
 def report_smoke(results: dict[str, Any]) -> str:
     """The smoke test's numbers beside the report's, and in words why that rule collapses."""
     word = {True: "yes", False: "NO", None: "machine"}
-    rows = [[c["name"], c["reported"], c["measured"], c["range"], word[c["ok"]],
-             results["rules"]["smoke_gradnorm"][c["name"]]] for c in results["checks"]]
+    rows = [[c["name"], str(c["reported"]), c["measured"], " to ".join(map(cell, c["range"])),
+             word[c["ok"]], results["rules"]["smoke_gradnorm"][c["name"]]]
+            for c in results["checks"]]
     return markdown(["number", "reported", "measured", "range over seeds", "ok",
                      "under GradNorm"], rows) + f"""
 Why the report's rule collapses: its norms are those of the unweighted losses, so the weights never
@@ -2208,7 +2217,7 @@ def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: st
              for seed in seeds for label, of_label in labels.items()}
     warn(load_data(config))  # faults in the data are told once, before the first run
     table = quantities(run_grid(cells, out / "runs", jobs), list(labels), seeds)
-    known = table if spec else table | smoke_quantities(range(10))[0]
+    known = table if spec else table | smoke_quantities(range(10), ("report",))[0]
     results = publish({
         "mode": "sweep" if spec else "compare", "sweep": spec, "seeds": seeds,
         "config": dataclasses.asdict(config), "paired": paired(table),
@@ -2218,19 +2227,26 @@ def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: st
     draw_compare(results, out / "figure.png")
     return results
 
+def check_rows(recorded: dict[str, dict], measured: dict[str, dict]) -> list[list]:
+    """Mode, metric, recorded, measured, verdict: OUTSIDE where a mean left its recorded interval."""
+    rows = []
+    for mode, metric in itertools.product(recorded, METRICS):
+        if metric in recorded[mode]:
+            q, mean = recorded[mode][metric], measured[mode][metric]["mean"]
+            low, high = q["ci95"] or [q["mean"]] * 2
+            verdict = "ok" if low - 1e-9 <= mean <= high + 1e-9 else "OUTSIDE"
+            rows.append([mode, metric, q, mean, verdict])
+    return rows
+
 def run_check(path: Path, out: Path, jobs: int) -> int:
     """Repeats a recorded comparison; 1 where the mean of a metric leaves its recorded interval."""
     try:
         recorded = json.loads(path.read_text())
         config, seeds = make_config(recorded["config"], str(path)), recorded["seeds"]
-        wanted = [(m, k, q[k]) for m, q in recorded["modes"].items() for k in METRICS if k in q]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_rows(recorded["modes"], recorded["modes"])  # is it whole?
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected the results.json of a comparison ({error})") from error
-    measured, rows = run_compare(config, seeds, out, jobs)["modes"], []
-    for mode, metric, q in wanted:
-        mean, (low, high) = measured[mode][metric]["mean"], q["ci95"] or [q["mean"]] * 2
-        verdict = "ok" if low - 1e-9 <= mean <= high + 1e-9 else "OUTSIDE"
-        rows.append([mode, metric, q, mean, verdict])
+    rows = check_rows(recorded["modes"], run_compare(config, seeds, out, jobs)["modes"])
     print(markdown(["mode", "metric", "recorded", "measured", "verdict"], rows))
     return int(any(row[-1] == "OUTSIDE" for row in rows))
 

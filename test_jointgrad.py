@@ -2194,26 +2194,28 @@ def compare(out: Path, *more) -> int:
     return jg.main(["--out", str(out), "--set", *TINY[1:], "epochs=1", *more])
 
 
-def test_compare_writes_its_tables_and_check_repeats_no_finished_run(tmp_path, capsys):
-    """One seed: six runs, no interval. --check takes up the runs that are there; a recorded mean
-    that is not met gives 1."""
+def test_compare_writes_its_tables(tmp_path):
+    """One seed: six runs, no interval."""
     assert compare(tmp_path, "--mode", "compare", "--seeds", "0") == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["modes"]) == list(jg.MODES) and results["seeds"] == [0]
     assert {c["id"] for c in results["claims"]} >= {"S1", "P1", "G1", "D1"}
     assert "| gradnorm " in (tmp_path / "compare.md").read_text()
-    made = {f: f.stat().st_mtime_ns for f in tmp_path.glob("runs/*/results.json")}
-    recorded = tmp_path / "recorded.json"
-    recorded.write_text(json.dumps(results))
-    assert len(made) == 6 and jg.main(["--check", str(recorded), "--out", str(tmp_path)]) == 0
-    assert made == {f: f.stat().st_mtime_ns for f in made}
-    results["modes"]["fixed"]["accuracy"]["mean"] += 0.01
-    recorded.write_text(json.dumps(results))
-    assert jg.main(["--check", str(recorded), "--out", str(tmp_path)]) == 1
-    assert "OUTSIDE" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("runs/*/results.json"))) == 6
+    assert [row[-1] for row in jg.check_rows(results["modes"], results["modes"])] == ["ok"] * 20
 
 
-def test_sweep_has_a_row_for_each_value(tmp_path):
+def test_check_misses_a_mean_outside_its_interval_alone():
+    """Of 0.5 [0.4, 0.6] a mean of 0.6 is in, 0.61 is out; one seed's 0.3 is met exactly or not."""
+    recorded = {"fixed": {"mAP50": {"mean": 0.5, "ci95": [0.4, 0.6]},
+                          "accuracy": {"mean": 0.3, "ci95": None}, "step_ms": {"mean": 1}}}
+    for mAP50, accuracy, verdicts in ((0.6, 0.3, ["ok", "ok"]), (0.61, 0.3, ["OUTSIDE", "ok"]),
+                                      (0.4, 0.31, ["ok", "OUTSIDE"])):
+        measured = {"fixed": {"mAP50": {"mean": mAP50}, "accuracy": {"mean": accuracy}}}
+        assert [row[-1] for row in jg.check_rows(recorded, measured)] == verdicts
+
+
+def test_sweep_has_a_row_for_each_value_and_repeats_no_finished_run(tmp_path):
     """Values reach the runs as they are, lists too; without single-task runs there is no delta."""
     sweep = ("--mode", "fixed", "--sweep", "initial_weights=[1, 0.5],[1, 2]", "--seeds", "3")
     assert compare(tmp_path, *sweep) == 0
@@ -2224,6 +2226,9 @@ def test_sweep_has_a_row_for_each_value(tmp_path):
     assert sorted(c["initial_weights"] for c in configs) == [[1, 0.5], [1, 2]]
     assert all(c["seed"] == 3 for c in configs) and not results["paired"]
     assert (tmp_path / "figure.png").stat().st_size > 0
+    made = {f: f.stat().st_mtime_ns for f in tmp_path.glob("runs/*/results.json")}
+    assert compare(tmp_path, *sweep) == 0
+    assert len(made) == 2 and made == {f: f.stat().st_mtime_ns for f in made}
 
 
 def test_the_reports_rule_ends_at_0_and_4_and_sums_to_T_squared():
