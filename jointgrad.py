@@ -2228,7 +2228,7 @@ def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: st
     return results
 
 def check_rows(recorded: dict[str, dict], measured: dict[str, dict]) -> list[list]:
-    """Mode, metric, recorded, measured, verdict: OUTSIDE where a mean left its recorded interval."""
+    """Mode, metric, recorded, measured; OUTSIDE where a mean left its recorded interval."""
     rows = []
     for mode, metric in itertools.product(recorded, METRICS):
         if metric in recorded[mode]:
