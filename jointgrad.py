@@ -304,9 +304,11 @@ def synthetic_sample(seed: int, split: str, i: int, imgsz: int, c: float) -> tup
     g, t = np.sqrt([1 - c, c]) * (view - 1) + 0.25 * rng.standard_normal(2)
     apex = np.array([0.5, -0.02]) + rng.uniform((-0.04, -0.03), (0.04, 0.03))
     radius, half_angle = rng.uniform(0.92, 1.04), 0.62 + 0.13 * g  # fractions of the frame, radians
-    x, y = np.meshgrid(*[(np.arange(imgsz) + 0.5) / imgsz] * 2)  # (H, W) each, at pixel centres
-    distance, angle = np.hypot(x - apex[0], y - apex[1]), np.arctan2(x - apex[0], y - apex[1])
-    sector = (distance > 0.05) & (distance < radius) & (np.abs(angle) < half_angle)
+    x = (np.arange(imgsz) + 0.5) / imgsz  # (W,), pixel centres
+    y = x[:, None]  # (H, 1)
+    across, down = np.abs(x - apex[0]), y - apex[1]
+    sector = (0.05**2 < across**2 + down**2) & (across**2 + down**2 < radius**2)  # (H, W)
+    sector &= across < math.tan(half_angle) * down
     tissue = 0.16 + 0.10 * np.clip(speckle(rng, (imgsz, imgsz), 7 * px) - 0.6, 0, 2)
     for _ in range(rng.integers(1, 3)):  # dark chambers
         centre, axes = rng.uniform((0.3, 0.3), (0.7, 0.8)), rng.uniform(0.06, 0.16, 2)
@@ -319,7 +321,8 @@ def synthetic_sample(seed: int, split: str, i: int, imgsz: int, c: float) -> tup
     for box, k in zip(boxes, classes):
         paint_jet(rng, image, box, list(JETS.values())[k])
     image = (image + rng.normal(0, 0.01, (imgsz, imgsz, 1))) * sector[..., None]
-    pixels = np.round(255 * np.clip(image, 0, 1)**0.75).astype(np.uint8)
+    root = np.sqrt(np.clip(image, 0, 1))
+    pixels = np.round(255 * root * np.sqrt(root)).astype(np.uint8)  # to the power 0.75
     return pixels, np.column_stack([classes, boxes]).astype(np.float32), view
 
 # --------------------------------------------------------------------------------------------------
