@@ -769,7 +769,7 @@ class Conv(nn.Sequential):
                  padding: int | None = None):
         padding = kernel // 2 if padding is None else padding
         super().__init__(nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-                         nn.BatchNorm2d(c_out, eps=1e-3), nn.SiLU(inplace=True))
+                         nn.BatchNorm2d(c_out, eps=1e-3), nn.SiLU())  # in place costs a copy
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
