@@ -1789,7 +1789,7 @@ def bench_case(config: Config, device: torch.device, rounds: int, bar: tqdm, nam
                    "ratios": {f"{a}/{b}": spread(fair[a] / fair[b])  # in a round drift cancels
                               for a, b in pairs if a in names and b in names}}
 
-def bench(config: Config, device: torch.device, rounds: int = 40) -> dict[str, Any]:
+def bench(config: Config, device: torch.device, rounds: int = 100) -> dict[str, Any]:
     """All variants at the default size and at width 0.25, 128 px; growth."""
     names = ("detect", "classify", "fixed", "gradnorm", "textbook", "dual", "nchw")
     large = replace(config, width_multiple=0.25, dual_width_multiple=0.25, imgsz=128)
@@ -1801,7 +1801,7 @@ def bench(config: Config, device: torch.device, rounds: int = 40) -> dict[str, A
         result["width_0.25_128px"] = bench_case(large, device, rounds, bar, names)
         result["growth"] = []
         for key, value, case, tasks in growth:
-            got = bench_case(case, device, max(5, rounds // 3), bar, ("fixed", "gradnorm"), tasks)
+            got = bench_case(case, device, max(5, rounds // 5), bar, ("fixed", "gradnorm"), tasks)
             result["growth"].append({
                 "key": key, "value": value, "step_ms": got["step_ms"]["gradnorm"]["median"],
                 "images_per_s": got["images_per_s"]["gradnorm"],
