@@ -149,10 +149,14 @@ class Config:
         given = self.mode in ("fixed", "gradnorm")
         return self.initial_weights if given else (1.0,) * len(self.tasks)
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; UserError where it is none."""
+def read_text(path: Path, limit: int = 64) -> str:
+    """The text of a UTF-8 file of at most `limit` MB; UserError where it is none."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(limit * 2**20 + 1)  # no more: a device file has no end
+        if len(raw) > limit * 2**20:
+            raise UserError(f"{path}: larger than {limit} MB; expected a short text file")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -163,16 +167,16 @@ def read_text(path: Path) -> str:
 
 def read_yaml(path: Path) -> Any:
     """A YAML file's content by safe_load; UserError if absent, malformed, huge or an alias bomb."""
-    text = read_text(path)
+    text = read_text(path, limit=1)
     try:
-        if len(text) > 2**20 or text.count("[") + text.count("{") > 1000:
-            raise ValueError("larger than 1 MB, or over 1000 brackets")
+        if text.count("[") + text.count("{") > 1000:
+            raise ValueError("over 1000 brackets; write the values out")
         if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > 20:
-            raise ValueError("over 20 aliases")
+            raise ValueError("over 20 aliases; write the values out")
         return yaml.safe_load(text)
     except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error)[:80]
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())[:80]
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: not plain YAML ({reason})") from error
 
@@ -430,11 +434,11 @@ def parse_labels(text: str, where: str, num_classes: int, num_labels: int) -> tu
 def read_label_file(path: Path, num_classes: int, num_labels: int) -> tuple:
     """`parse_labels` of a file; without a file, an image without objects, with a warning."""
     nothing = np.zeros((0, 5), np.float32), NO_LABEL
-    if not path.exists():
-        return *nothing, [], [f"{path}: no such label file: an image without objects and class"]
     try:
         return parse_labels(read_text(path), str(path), num_classes, num_labels)
     except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return *nothing, [], [f"{path}: no such label file: an image without objects and class"]
         return *nothing, [str(error)], []
 
 @contextlib.contextmanager
@@ -750,8 +754,7 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.nd
     scores = (logits[..., 4:5].sigmoid() * logits[..., 5:].sigmoid()).flatten(1)  # (B, A C)
     # Departs from YOLOv5 (30,000 candidates): because few images hold hundreds of objects.
     scores, order = scores.topk(min(512, scores.shape[1]), dim=1)  # (B, 512) each, or fewer
-    for boxes_i, scores_i, order_i in zip(*(x.float().cpu().numpy() for x in (boxes, scores)),
-                                          order.cpu().numpy()):
+    for boxes_i, scores_i, order_i in zip(*(x.cpu().numpy() for x in (boxes, scores, order))):
         valid = scores_i > config.conf_thres
         row, classes = order_i[valid] // num_classes, order_i[valid] % num_classes  # of (A, C)
         rows = np.column_stack([boxes_i[row], scores_i[valid], classes.astype(np.float32)])
@@ -1084,7 +1087,7 @@ class GradNorm:
         target = G.mean() * r**self.alpha  # a constant: L_grad is not differentiated through it
         dL_grad_dw = torch.sign(G - target) * n  # GradNorm, eq. 2, differentiated
         # Departs from the paper (all tasks have labels): because without labels nothing is known.
-        self.w.grad = dL_grad_dw * labelled
+        self.w.grad = torch.where(labelled, dL_grad_dw, 0.0)
         self.optimizer.step()
         # Departs from the paper (w <- w T / sum(w)): because w goes negative there.
         above = (self.w - self.w_min).clamp(min=1e-12)
@@ -1327,8 +1330,7 @@ def train_step(run: Run, batch: Batch, progress: float, backward=backward) -> di
     return log
 
 def log_rows(steps: list[dict[str, Tensor]], tasks: tuple[str, ...]) -> list[dict[str, float]]:
-    """What `train_step` returned, as one row of numbers a step; derived all at once, off its path.
-    """
+    """What `train_step` returned, as one row of numbers a step; derived all at once."""
     table = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}  # (steps, ...)
     if "n" in table:
         table["G"] = table["w"] * table["n"]
@@ -1576,11 +1578,9 @@ def quantities(results: dict[tuple, dict], labels: list[str], seeds: list[int]) 
                 "step_ms": [r["time"]["step_ms"] for r in runs],
                 "step_cpu_ms": [1000 * r["time"]["train_cpu_s"] / r["steps"] for r in runs]}
         row |= {key: [r[key] for r in runs] for key in ("flops_per_image", "peak_rss_mb")}
-        if seen := runs[0].get("interference"):
-            for key in seen:
-                x = [r["interference"][key] for r in runs]
-                row |= {"gradient_share_det": [share["det"] for share in x]} \
-                    if key == "gradient_share" else {key: x}
+        if seen := [r["interference"] for r in runs if r.get("interference")]:
+            row |= {key: [x[key] for x in seen] for key in seen[0] if key != "gradient_share"}
+            row["gradient_share_det"] = [x["gradient_share"]["det"] for x in seen]
         table[label] = row
     joint = [m for m in labels if all(key in table[m] for key in SINGLE)]
     if joint and set(SINGLE.values()) <= set(labels):
@@ -1966,14 +1966,13 @@ def draw_run(rows: list[dict], title: str, data: JointSet, predictor: Predictor,
     save_figure(fig, path)
 
 def draw_compare(results: dict[str, Any], path: Path) -> None:
-    """A panel for each metric: seeds as dots, mean and 95 % interval of each mode (at each value).
-    """
+    """A panel for each metric: seeds as dots, mean and 95 % interval of each mode and value."""
     shown = {"mAP50": "Detection: mAP50", "mAP50-95": "Detection: mAP50-95",
              "balanced_accuracy": "Classification: balanced accuracy",
              "delta_m": "Change against single task, %\n(mean of both tasks, up is better)",
              "step_cpu_ms": "CPU time of a step, ms"}
     have = [m for m in shown if any(m in q for q in results["modes"].values())]
-    key = (results["sweep"] or "").partition("=")[0]
+    key = results["sweep"].partition("=")[0]
     fig, axes = panels(1, len(have), (3 * len(have), 3.4))
     for ax, metric in zip(axes[0], have):
         lines = {}  # mode -> {value, or the mode itself where no key is swept: quantity}
@@ -2076,6 +2075,7 @@ def report_claims(claims: list[dict[str, Any]]) -> str:
 def report_smoke(results: dict[str, Any]) -> str:
     """The smoke test's numbers beside the report's, and in words why that rule collapses."""
     word = {True: "yes", False: "NO", None: "machine"}
+    ratio = cell(results["gradient_ratio"]["mean"])
     rows = [[c["name"], str(c["reported"]), c["measured"], " to ".join(map(cell, c["range"])),
              word[c["ok"]], results["rules"]["smoke_gradnorm"][c["name"]]]
             for c in results["checks"]]
@@ -2083,8 +2083,7 @@ def report_smoke(results: dict[str, Any]) -> str:
                      "under GradNorm"], rows) + f"""
 Why the report's rule collapses: its norms are those of the unweighted losses, so the weights never
 feed back, and every update multiplies w_det / w_cls by g_cls / g_det. That ratio of output
-gradients, mean cross-entropy over mean BCE, is {cell(results["gradient_ratio"]["mean"])} here \
-whatever the tasks' difficulty, and it
+gradients, mean cross-entropy over mean BCE, is {ratio} here whatever the tasks' difficulty, and it
 compounds. Dividing by the mean and multiplying by T makes the weights sum to T^2 = 4, all of
 which ends on classification, while the detector is no longer trained.
 
@@ -2199,9 +2198,9 @@ def publish(results: dict[str, Any], report: Any, out: Path) -> dict[str, Any]:
 
 def sweep_cells(config: Config, spec: str, modes: tuple[str, ...]) -> dict[str, Config]:
     """Each mode at each value of a swept key, {"mode key=value": config}; without one, by mode."""
-    key, _, text = (spec or "mode=").partition("=")
     if not spec:
         return {mode: replace(config, mode=mode) for mode in modes}
+    key, _, text = spec.partition("=")
     try:
         values = yaml.safe_load(f"[{text}]")
     except YAML_ERRORS as error:
@@ -2246,10 +2245,15 @@ def run_check(path: Path, out: Path, jobs: int) -> int:
     try:
         recorded = json.loads(path.read_text())
         config, seeds = make_config(recorded["config"], str(path)), recorded["seeds"]
+        spec = recorded["sweep"] or ""
+        modes = tuple(dict.fromkeys(label.partition(" ")[0] for label in recorded["modes"]))
+        if list(sweep_cells(config, spec, modes)) != list(recorded["modes"]):
+            raise ValueError("its modes do not fit its sweep")
         check_rows(recorded["modes"], recorded["modes"])  # is it whole?
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected the results.json of a comparison ({error})") from error
-    rows = check_rows(recorded["modes"], run_compare(config, seeds, out, jobs)["modes"])
+    measured = run_compare(config, seeds, out, jobs, spec, modes)["modes"]
+    rows = check_rows(recorded["modes"], measured)
     print(markdown(["mode", "metric", "recorded", "measured", "verdict"], rows))
     return int(any(row[-1] == "OUTSIDE" for row in rows))
 
@@ -2362,7 +2366,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
     add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE",
         help="override keys of the config")
-    add("--sweep", metavar="KEY=V1,V2", help="run --mode (compare: all modes) at several values")
+    add("--sweep", default="", metavar="KEY=V1,V2",
+        help="run --mode (compare: all modes) at several values")
     add("--export", type=Path, metavar="DIR", help="write the synthetic set in the joint format")
     add("--check", type=Path, metavar="FILE", help="repeat a recorded comparison; 1 if it moved")
     add("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
