@@ -919,11 +919,11 @@ class JointNet(nn.Module):
         super().__init__()
         self.trunk, self.heads = trunk, nn.ModuleDict(heads)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """P3, the leaf copy of it that the heads read, and each task's raw output."""
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+        """P3, the leaf that each head reads in its place, and each task's raw output."""
         P3 = self.trunk(images)
-        cut = P3.detach().requires_grad_(P3.requires_grad)  # False under no_grad
-        return P3, cut, {task: head(cut) for task, head in self.heads.items()}
+        cuts = [P3.detach().requires_grad_(P3.requires_grad) for _ in self.heads]  # no_grad: False
+        return P3, cuts, {task: head(x) for (task, head), x in zip(self.heads.items(), cuts)}
 
 class Network(nn.Module):
     """One JointNet, or for `dual` one a task: images (B, 3, H, W) -> {task: raw output}."""
@@ -1137,18 +1137,14 @@ def similarities(gram: Tensor) -> tuple[Tensor, Tensor]:
 def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     """Leaves the gradient of sum(w_i L_i) in the parameters' .grad; returns what it saw on the way.
 
-    The graph is cut at P3: each weighted loss goes back to the cut, where its gradient g_i is read;
-    the sum goes on through the trunk. The gradient at W takes g_i through the last layer alone.
+    The graph is cut at P3, one leaf a head: each weighted loss goes back to its own leaf, where its
+    gradient g_i is read; the sum goes on through the trunk. The gradient at W takes g_i through the
+    last layer alone.
     """
-    P3, cut, outputs = part(batch.images)  # P3, cut: (B, c_out, H/8, W/8)
-    L, g = [], []
-    for w_i, (task, output) in zip(w, outputs.items()):  # heads and w: in the order of the tasks
-        L_i = losses[task](to_float(output), batch)
-        (w_i * L_i).backward()
-        L.append(L_i.detach())
-        g.append(cut.grad)
-        cut.grad = None  # else the next task adds to the same tensor
-    L = mean_over_ranks(torch.stack(L))
+    P3, cuts, outputs = part(batch.images)  # P3, each cut: (B, c_out, H/8, W/8)
+    L = torch.stack([losses[task](to_float(output), batch) for task, output in outputs.items()])
+    (w * L).sum().backward()  # heads and w: in the order of the tasks
+    L, g = mean_over_ranks(L.detach()), [cut.grad for cut in cuts]
     if len(g) == 1:
         P3.backward(g[0])
         return Signals(L)

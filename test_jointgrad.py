@@ -1111,11 +1111,12 @@ def test_both_tasks_reach_exactly_the_trunk():
 
 
 def test_the_cut_stops_every_gradient_from_the_heads():
-    """What the heads read is a leaf: without `backward` nothing flows into the trunk."""
+    """Each head reads a leaf of its own: without `backward` nothing flows into the trunk."""
     network, losses, batch = joint_case()
-    P3, cut, outputs = network.parts[0](batch.images)
-    assert cut.is_leaf and torch.equal(cut, P3) and P3.requires_grad
+    P3, cuts, outputs = network.parts[0](batch.images)
+    assert all(cut.is_leaf and torch.equal(cut, P3) for cut in cuts) and P3.requires_grad
     losses["cls"](outputs["cls"], batch).backward()
+    assert cuts[0].grad is None and cuts[1].grad.any()
     assert all(p.grad is None for p in network.parts[0].trunk.parameters())
 
 
