@@ -1357,7 +1357,7 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         batch = batch._replace(images=images.contiguous(memory_format=torch.channels_last))
         steps.append(train_step(run, batch, (run.epoch + k / len(loader)) / config.epochs))
-        images_seen += len(images)
+        images_seen += len(images) * run.world
         bar.update()
     # The log waits for a GPU only here, once an epoch.
     rows = [{"step": run.epoch * len(loader) + k, "epoch": run.epoch} | row

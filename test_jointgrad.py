@@ -2070,6 +2070,8 @@ def test_two_processes_train_one_run(tmp_path):
         p.name for p in (tmp_path / "out").iterdir()) == sorted(FILES)
     whole = json.loads((tmp_path / "out" / "results.json").read_text())
     assert whole["environment"]["processes"] == 2
+    images = whole["time"]["images_per_s"] * whole["time"]["train_s"]
+    assert images == pytest.approx(3 * 32)  # 3 epochs, of both ranks
 
 
 def test_weight_decay_falls_on_kernels_alone():
