@@ -10,7 +10,8 @@ GradNorm (Chen et al., ICML 2018) as `GradNorm.update` computes it, in the paper
 
     n_i = ||grad_W L_i||             G_i = w_i n_i = ||grad_W w_i L_i||      G_bar = mean(G)
     L_tilde_i = L_i / L_i(0)         r_i = L_tilde_i / mean(L_tilde)      target_i = G_bar r_i^alpha
-    L_grad = sum |G_i - target_i|    dL_grad/dw_i = sign(G_i - target_i) n_i    w <- w T / sum(w)
+    L_grad = sum |G_i - target_i|    dL_grad/dw_i = sign(G_i - target_i) n_i    w <- Adam(dL_grad)
+    w <- w T / sum(w), with a floor: w <- w_min + (w - w_min) (T - T w_min) / sum(w - w_min)
 
     code       paper    meaning
     T          T        number of tasks
@@ -1079,19 +1080,22 @@ class GradNorm:
     @torch.no_grad()
     def update(self, L: Tensor, n: Tensor) -> Tensor:
         """The next w (T,), from losses L (T,) and the norms n (T,) at W of their own gradients."""
-        T, labelled = len(self.w), (torch.minimum(L, n) > 0).all()  # without labels L or n is 0
+        T = len(self.w)
         self.L0 = torch.where(self.L0 > 0, self.L0, L)
-        L_tilde = L / self.L0.clamp(min=1e-12)  # (T,); down to G: GradNorm, section 3.1
-        r = self.r = L_tilde / L_tilde.mean().clamp(min=1e-12)  # (T,), of mean 1
-        G = self.w * n  # (T,), of the step just made
-        target = G.mean() * r**self.alpha  # a constant: L_grad is not differentiated through it
-        dL_grad_dw = torch.sign(G - target) * n  # GradNorm, eq. 2, differentiated
+        G = self.w * n  # (T,), of the step just made; G to L_grad: GradNorm, section 3.1
+        G_bar = G.mean()
+        L_tilde = L / self.L0.clamp(min=1e-12)  # (T,)
+        r = L_tilde / L_tilde.mean().clamp(min=1e-12)  # (T,), of mean 1
+        target = G_bar * r**self.alpha  # (T,), a constant: L_grad is not differentiated through it
+        dL_grad_dw = torch.sign(G - target) * n  # of L_grad = sum |G - target|, eq. 2
         # Departs from the paper (all tasks have labels): because without labels nothing is known.
+        labelled = (torch.minimum(L, n) > 0).all()  # without labels L or n is 0
         self.w.grad = torch.where(labelled, dL_grad_dw, 0.0)
         self.optimizer.step()
         # Departs from the paper (w <- w T / sum(w)): because w goes negative there.
         above = (self.w - self.w_min).clamp(min=1e-12)
         self.w.copy_(self.w_min + above * (T - T * self.w_min) / above.sum())  # Adam holds this w
+        self.r = r
         return self.w.clone()  # a copy: the next update must not change a logged w
 
     def state_dict(self) -> dict:
