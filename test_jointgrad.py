@@ -2124,7 +2124,6 @@ def test_readme_gradnorm_runs_as_printed_on_another_network():
     make_balancer, *step = snippets()[1].split("\n")
     exec(make_balancer, scope)
     for _ in range(20):
-        optimizer.zero_grad()
         scope["losses"] = [((head(trunk(x)) - 10**k)**2).mean() for k, head in enumerate(heads)]
         exec("\n".join(step), scope)
     w = scope["balancer"].w
