@@ -840,22 +840,22 @@ class Trunk(nn.Sequential):
         return self[-1].cv3[0].weight  # (c_out, c_out, 1, 1)
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by what all channels' pooled values say (arXiv 1709.01507)."""
+    """Scales each channel by what all channels' pooled values (B, c, 1, 1) say (1709.01507)."""
 
-    def __init__(self, c: int, pools: tuple = (F.adaptive_avg_pool2d,)):
+    def __init__(self, c: int, pools: tuple = (torch.mean,)):
         super().__init__()
         squeezed, self.pools = max(4, c // 4), pools
         self.mlp = nn.Sequential(nn.Conv2d(c, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * sum(self.mlp(pool(x, 1)) for pool in self.pools).sigmoid()  # by (B, c, 1, 1)
+        return x * sum(self.mlp(pool(x, (2, 3), True)) for pool in self.pools).sigmoid()
 
 class CBAM(nn.Module):
     """Channel attention by mean and maximum, then spatial attention (arXiv 1807.06521)."""
 
     def __init__(self, c: int):
         super().__init__()
-        self.channel = SqueezeExcite(c, (F.adaptive_avg_pool2d, F.adaptive_max_pool2d))
+        self.channel = SqueezeExcite(c, (torch.mean, torch.amax))
         self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

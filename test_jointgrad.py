@@ -1157,6 +1157,16 @@ def test_squeeze_excite_equals_its_formula():
     torch.testing.assert_close(module(x), x * scale[:, :, None, None])  # float32
 
 
+def test_cbam_equals_its_formula():
+    """Channels by sigmoid(mlp(mean) + mlp(max)), then places by a 7x7 kernel over mean and max."""
+    torch.manual_seed(0)
+    module, x = jg.CBAM(8), torch.randn(2, 8, 3, 5)
+    mlp = module.channel.mlp
+    y = x * (mlp(F.adaptive_avg_pool2d(x, 1)) + mlp(F.adaptive_max_pool2d(x, 1))).sigmoid()
+    pooled = torch.stack([y.mean(1), y.max(1).values], 1)
+    torch.testing.assert_close(module(x), y * module.spatial(pooled).sigmoid())  # float32
+
+
 # --------------------------------------------------------------------------------------------------
 # 6. Losses: raw outputs and a batch -> one scalar a task
 # --------------------------------------------------------------------------------------------------
