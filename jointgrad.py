@@ -2129,20 +2129,24 @@ def warn(splits: tuple[JointSet, ...]) -> None:
 
 def start_files(run: Run, out: Path, resume: bool) -> list[dict]:
     """Makes the folder fit for `run`; returns the rows of its log that belong to saved epochs."""
-    log, rows = out / "metrics.jsonl", []
+    log, settings, rows = out / "metrics.jsonl", clean(dataclasses.asdict(run.config)), []
     if resume and (out / "last.pt").exists():
+        state, free = load_checkpoint(out / "last.pt"), ("device", "threads", "workers", "cache_mb")
         try:
-            run.load_state_dict(load_checkpoint(out / "last.pt")["run"])
-        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{out / 'last.pt'}: does not fit this config; resume it with its own "
-                            "settings") from error
-        lines = log.read_text().splitlines(keepends=True)  # the last may be cut short
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        rows = [row for row in rows if row["epoch"] < run.epoch]  # the log may be ahead of last.pt
+            if settings | {key: state["config"][key] for key in free} != state["config"]:
+                raise ValueError("other settings: the optimizers' and w would stay the old ones")
+            run.load_state_dict(state["run"])
+            lines = log.read_text().splitlines(keepends=True)  # the last may be cut short
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+            rows = [row for row in rows if row["epoch"] < run.epoch]  # it may be ahead of last.pt
+            if len({row["epoch"] for row in rows}) < run.epoch:
+                raise ValueError("the log is behind last.pt")
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
+            raise UserError(f"{out / 'last.pt'}: does not fit this config or metrics.jsonl; resume "
+                            "it with its own settings") from error
     if run.rank == 0:
         for name in () if rows else ("last.pt", "best.pt", "results.json", "figure.png"):
             (out / name).unlink(missing_ok=True)
-        settings = clean(dataclasses.asdict(run.config))
         write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -1881,6 +1881,7 @@ def test_resume_of_a_finished_run_changes_nothing(runs, tmp_path):
         (tmp_path / name).write_bytes((runs["fixed"] / name).read_bytes())
     assert jg.main(["--resume", str(tmp_path)]) == 0
     assert_same(runs["fixed"], tmp_path)
+    assert jg.main(["--resume", str(tmp_path), "--set", "workers=1"]) == 0  # changes no number
 
 
 def start(*arguments) -> subprocess.Popen:
@@ -1977,12 +1978,28 @@ def test_resume_from_a_foreign_checkpoint_is_one_line(runs, tmp_path, capsys, ki
     assert not (tmp_path / "ran").exists()
 
 
-def test_resume_with_another_network_is_one_line(runs, tmp_path, capsys):
+@pytest.mark.parametrize("setting", ["width_multiple=0.0625", "lr=0.001", "mode=gradnorm",
+                                     "epochs=1", "epochs=9"])
+def test_resume_with_other_settings_is_one_line(runs, tmp_path, capsys, setting):
+    """last.pt brings its own optimizers and w: results.json would name settings never used."""
     for name in ("config.yaml", "metrics.jsonl", "last.pt"):
         (tmp_path / name).write_bytes((runs["fixed"] / name).read_bytes())
     capsys.readouterr()
-    code = jg.main(["--resume", str(tmp_path), "--set", "width_multiple=0.0625"])
-    failed(capsys, code, "last.pt|state_dict|size mismatch")
+    code = jg.main(["--resume", str(tmp_path), "--set", setting])
+    failed(capsys, code, r"last\.pt: does not fit")
+    assert code == 2
+
+
+@pytest.mark.parametrize("log", [None, "", "garbage\n", "[1]\n", "\xff\n"])
+def test_resume_with_a_damaged_log_is_one_line(runs, tmp_path, capsys, log):
+    for name in ("config.yaml", "last.pt"):
+        (tmp_path / name).write_bytes((runs["fixed"] / name).read_bytes())
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(log.encode("latin-1"))
+    capsys.readouterr()
+    code = jg.main(["--resume", str(tmp_path)])
+    failed(capsys, code, r"last\.pt: does not fit .*metrics\.jsonl")
+    assert code == 2 and (tmp_path / "last.pt").exists()
 
 
 def test_bf16_on_the_cpu_stays_finite(tmp_path):
