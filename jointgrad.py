@@ -193,8 +193,9 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         return int(float(x)) if kind is int else float(x)
 
     with contextlib.suppress(ValueError, TypeError, LookupError, OverflowError):
-        if kind is str and isinstance(value, str) and (value in limits or not limits):
-            return value
+        if kind is str and isinstance(value, str) and "\0" not in value:  # no path has zero bytes
+            if value in limits or not limits:
+                return value
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if kind is tuple:
@@ -1532,7 +1533,7 @@ def run_cell(config: Config, folder: Path) -> dict[str, Any]:
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples, as in the file
     done, started = folder / "results.json", folder / "config.yaml"
     if not done.exists() or json.loads(done.read_text())["config"] != wanted:
-        settings = [f"{key}={json.dumps(value)}" for key, value in wanted.items()]
+        settings = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in wanted.items()]
         choice = ["--out", str(folder), "--set", *settings]
         if started.exists() and read_yaml(started) == wanted:
             choice = ["--resume", str(folder)]
@@ -1583,9 +1584,9 @@ def quantities(results: dict[tuple, dict], labels: list[str], seeds: list[int]) 
             row["gradient_share_det"] = [x["gradient_share"]["det"] for x in seen]
         table[label] = row
     joint = [m for m in labels if all(key in table[m] for key in SINGLE)]
-    if joint and set(SINGLE.values()) <= set(labels):
+    alone = np.array([table[m][key] for key, m in SINGLE.items() if m in labels])  # (2, seeds)
+    if joint and len(alone) == 2 and alone.all():  # a score of 0 has no percentage
         scores = np.array([[table[m][key] for key in SINGLE] for m in joint])  # (modes, 2, seeds)
-        alone = np.array([table[single][key] for key, single in SINGLE.items()])  # (2, seeds)
         ranks = 1 + (scores[None] > scores[:, None]).sum(1)  # (modes, 2, seeds), 1 = best
         for mode, gain, rank in zip(joint, 100 * (scores / alone - 1).mean(1), ranks.mean(1)):
             table[mode] |= {"delta_m": gain.tolist(), "mean_rank": rank.tolist()}
@@ -1962,7 +1963,7 @@ def draw_run(rows: list[dict], title: str, data: JointSet, predictor: Predictor,
             ax.imshow(annotate(image, what, data.names))
             ax.set_title(word)
             ax.axis("off")
-    fig.suptitle(title)
+    fig.suptitle(title, parse_math=False)
     save_figure(fig, path)
 
 def draw_compare(results: dict[str, Any], path: Path) -> None:
@@ -2206,7 +2207,8 @@ def sweep_cells(config: Config, spec: str, modes: tuple[str, ...]) -> dict[str, 
         return {mode: replace(config, mode=mode) for mode in modes}
     key, _, text = spec.partition("=")
     try:
-        values = yaml.safe_load(f"[{text}]")
+        if not (values := yaml.safe_load(f"[{text}]")):
+            raise ValueError
     except YAML_ERRORS as error:
         raise UserError(f"--sweep {spec[:80]}: expected key=v1,v2, as in alpha=0,1.5") from error
     if key in ("alpha", "gradnorm_lr", "w_min") and "gradnorm" not in modes:
@@ -2420,8 +2422,7 @@ def main(argv: list[str] | None = None) -> int:
     gc.freeze()  # torch's half a million objects: else each sweep for garbage visits them
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            on_gpu = torch.cuda.is_available() and args.device != "cpu"
-            torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+            torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL on CUDA
         return dispatch(args)
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)

@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import string
@@ -2230,6 +2231,8 @@ def test_delta_m_is_positive_where_a_mode_beats_the_single_tasks():
     assert table["fixed"]["mean_rank"] == [1] and table["equal"]["mean_rank"] == [2]
     assert table["fixed"]["steps_to_90_det"] == [20] and np.isnan(table["equal"]["steps_to_90_det"])
     assert "delta_m" not in table["detect"] and "accuracy" not in table["detect"]
+    results["detect", 0] = result(0, None)  # as after an epoch: no percentage of nothing
+    assert "delta_m" not in jg.quantities(results, list(table), [0])["fixed"]
 
 
 def test_paired_differences_are_mode_less_versus():
@@ -2425,7 +2428,8 @@ def test_absent_gpu_is_a_user_error(tmp_path, capsys):
     (["--seeds", "1", "1"], "--seeds.*: expected"), (["--check", "no.json"], "no.json: expected"),
     (["--config", "no.yaml"], "no.yaml: cannot be read"),
     (["--mode", "dual", "--sweep", "alpha=0,1"], "--sweep alpha: only --mode gradnorm"),
-    (["--sweep", "alpha=[0"], "expected key=v1,v2")])
+    (["--sweep", "alpha=[0"], "expected key=v1,v2"), (["--sweep", "alpha="], "expected key=v1,v2"),
+    (["--set", r'data="a\0b"'], "config key data: found 'a")])
 def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
     code = jg.main(arguments)
@@ -2474,9 +2478,13 @@ def test_check_prints_counts(exported, capsys):
         assert count(f"class {name}") == [s.labels.count(k) for s in (train, val)]
 
 
-def test_training_on_an_exported_set_runs_in_every_kind_of_mode(exported, tmp_path):
-    assert run_main(tmp_path, "epochs=1", more=["--mode", "fixed", "--data", str(exported)]) == 0
-    assert json.loads((tmp_path / "results.json").read_text())["data"] == str(exported)
+def test_exported_set_in_an_oddly_named_folder_is_trained_by_a_child(exported, tmp_path):
+    """𠮷 is two escapes in JSON and one in YAML; $_$ is no formula."""
+    folder = tmp_path / "$_$ 𠮷"
+    shutil.copytree(exported.parent, folder)
+    config = tiny("epochs=1", mode="fixed", data=str(folder / exported.name))
+    result = jg.run_cell(config, tmp_path / "cell")
+    assert result["data"] == config.data and result["steps"] == 4
 
 
 def test_predict_writes_a_picture_for_every_odd_name(runs, tmp_path, capsys):
