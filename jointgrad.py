@@ -1175,35 +1175,28 @@ def to_float(output: Any) -> Any:
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 
-def coco_set(rows: np.ndarray, num_images: int, num_classes: int) -> Any:
-    """pycocotools' COCO of rows (n, 7): image, x, y, w, h px, score, class."""
-    from pycocotools.coco import COCO
-    coco, annotations = COCO(), []
-    for k, (i, x, y, w, h, score, c) in enumerate(rows.tolist(), 1):  # it takes 0 for "no match"
-        annotations.append({"id": k, "image_id": int(i), "category_id": int(c), "score": score,
-                            "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
-    coco.dataset = {"images": [{"id": i} for i in range(num_images)], "annotations": annotations,
-                    "categories": [{"id": c} for c in range(num_classes)]}
-    coco.createIndex()
-    return coco
-
 def average_precision(truth: list[np.ndarray], found: list[np.ndarray], num_classes: int,
                       max_det: int, thresholds: np.ndarray) -> np.ndarray:
     """COCO average precision (thresholds, classes); NaN for a class without boxes.
 
     For each image, truth: (n, 5) class, x1 y1 x2 y2 px; found: (n, 6) x1 y1 x2 y2, score, class.
     """
+    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
     objects = [np.column_stack([np.full(len(t), i), t[:, 1:3], t[:, 3:] - t[:, 1:3],  # x y w h
                                 np.ones(len(t)), t[:, 0]]) for i, t in enumerate(truth)]
     rows = [np.column_stack([np.full(len(d), i), d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4:]])
             for i, d in enumerate(found)]
-    objects, rows = np.concatenate(objects), np.concatenate(rows)  # (n, 7), see coco_set
+    objects, rows = np.concatenate(objects), np.concatenate(rows)  # (n, 7), as loadRes wants them
     if not len(rows) or not len(objects):
         have = np.isin(np.arange(num_classes), objects[:, 6])
         return np.where(have, 0.0, np.nan)[None].repeat(len(thresholds), 0)
+    coco = COCO()
+    coco.dataset = {"images": [{"id": i} for i in range(len(truth))], "annotations": [],
+                    "categories": [{"id": c} for c in range(num_classes)]}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        run = COCOeval(*(coco_set(x, len(truth), num_classes) for x in (objects, rows)), "bbox")
+        coco.createIndex()
+        run = COCOeval(coco.loadRes(objects), coco.loadRes(rows), "bbox")
         run.params.iouThrs, run.params.areaRng = thresholds, [[0, 1e10]]  # px^2: any size
         run.params.areaRngLbl = ["all"]
         run.params.maxDets = [max_det]  # Departs from COCO (100): because YOLOv5 counts 300.
@@ -1368,8 +1361,7 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
     rows = [{"step": run.epoch * len(loader) + k, "epoch": run.epoch} | row
             for k, row in enumerate(log_rows(steps, config.tasks))]
     for row in rows:
-        bad = [key for key, value in row.items() if not math.isfinite(value)]
-        if bad:
+        if bad := [key for key, value in row.items() if not math.isfinite(value)]:
             w = ", ".join(f"{key} = {value:.4g}" for key, value in row.items() if key[:2] == "w/")
             raise NonFinite(f"step {row['step']}: {', '.join(bad)} not finite ({w}); lower lr")
     rows[-1]["time"] = {"train_s": time.perf_counter() - started, "images": images_seen,
@@ -1450,14 +1442,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of this program, read without running any code in it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint; give a run's best.pt or last.pt") from error
+        if state["format"] != "jointgrad/1":
+            raise ValueError
+        return state
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
-        reason = type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of jointgrad ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != "jointgrad/1":
-        raise UserError(f"{path}: not a checkpoint of jointgrad (expected format jointgrad/1)")
-    return state
+        raise UserError(f"{path}: not a checkpoint of jointgrad ({type(error).__name__}); give a "
+                        "run's best.pt or last.pt") from error
 
 class Predictor:
     """A trained network: `Predictor("best.pt")("image.jpg")` -> its boxes and its image class."""
@@ -1546,17 +1536,11 @@ def run_cell(config: Config, folder: Path) -> dict[str, Any]:
 
 def run_grid(cells: dict[tuple, Config], out: Path, jobs: int) -> dict[tuple, dict]:
     """Runs every cell ((label, seed) -> config), `jobs` at a time; the results in that order."""
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="run", disable=None) as bar:
-        futures = {}
-        for (label, seed), config in cells.items():
-            folder = out / f"{label}-s{seed}".replace(" ", "-").replace("/", "_")
-            futures[label, seed] = pool.submit(run_cell, config, folder)
-            futures[label, seed].add_done_callback(lambda _: bar.update())
-        try:
-            return {key: future.result() for key, future in futures.items()}
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    folders = [out / f"{label}-s{seed}".replace(" ", "-").replace("/", "_")
+               for label, seed in cells]
+    with ThreadPoolExecutor(jobs) as pool:
+        results = pool.map(run_cell, cells.values(), folders)  # one that fails cancels the rest
+        return dict(zip(cells, tqdm(results, total=len(cells), unit="run", disable=None)))
 
 def quantities(results: dict[tuple, dict], labels: list[str], seeds: list[int]) -> dict[str, dict]:
     """The numbers over seeds of each mode, or mode at a value: {label: {metric: [...]}}.
@@ -1598,10 +1582,8 @@ def paired(table: dict[str, dict[str, list]]) -> list[dict[str, Any]]:
     for metric in METRICS:
         single = "detect" if metric.startswith("mAP") else "classify"
         for mode, versus in itertools.product(table, ("fixed", "equal", single)):
-            mirrored = mode == single or (mode, versus) == ("fixed", "equal")  # told the other way
-            if mode == versus or mirrored:
-                continue
-            if metric in table[mode] and metric in table.get(versus, {}):
+            mirrored = mode in (versus, single) or (mode, versus) == ("fixed", "equal")
+            if not mirrored and metric in table[mode] and metric in table.get(versus, {}):
                 d = np.subtract(table[mode][metric], table[versus][metric])
                 rows.append({"mode": mode, "versus": versus, "metric": metric,
                              "delta": float(d.mean()), "ci95": interval(d)["ci95"],
