@@ -1854,29 +1854,24 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its axes (rows, columns), without a window; matplotlib loads here alone."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
-    return pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    """A figure and its axes (rows, columns); matplotlib loads here alone, and without pyplot."""
+    from matplotlib import figure, rcParams
+    rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
+    fig = figure.Figure(size)
+    return fig, fig.subplots(rows, columns, squeeze=False)
 
 def save_figure(fig: Any, path: Path) -> None:
-    """Writes the figure as PNG, the same bytes for the same data, and closes it."""
-    from matplotlib import pyplot
+    """Writes the figure as PNG, the same bytes for the same data."""
     buffer = io.BytesIO()
     fig.tight_layout()
     fig.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(fig)
     write_atomic(path, buffer.getvalue())
 
-def label_axis(ax: Any, title: str, xlabel: str = "",
-               ylim: tuple = (None, None)) -> None:
+def label_axis(ax: Any, title: str, xlabel: str = "", ylim: tuple = (None, None)) -> None:
     """Names a panel, limits it, and shows a legend where its lines have labels."""
     ax.set_title(title, fontsize=9)
-    ax.set_xlabel(xlabel)
-    ax.set_ylim(*ylim)
+    ax.set(xlabel=xlabel, ylim=ylim)
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
 
@@ -1971,8 +1966,7 @@ def draw_compare(results: dict[str, Any], path: Path) -> None:
             ends = np.array([q["ci95"] or [q["mean"]] * 2 for q in line.values()])
             ax.errorbar(x, mean, np.abs(ends.T - mean), capsize=3, marker="o", label=mode,
                         color=f"C{MODES.index(mode)}")
-            for at, q in zip(x, line.values()):
-                ax.plot([at] * len(q["per_seed"]), q["per_seed"], ".", color="0.6", ms=4)
+            ax.plot(x, [q["per_seed"] for q in line.values()], ".", color="0.6", ms=4)
         ax.set_xticks(range(len(ticks)), ticks, rotation=40)
         ax.set_title(shown[metric], fontsize=9)
         ax.set_xlabel(key)
@@ -1980,7 +1974,7 @@ def draw_compare(results: dict[str, Any], path: Path) -> None:
         axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(fig, path)
 
-def draw_smoke(runs: dict[str, list], path: Path) -> None:
+def draw_smoke(runs: dict[str, list], _: dict[str, Any], path: Path) -> None:
     """The smoke test's weights under the report's rule and under GradNorm, and the total loss."""
     fig, axes = panels(1, 3, (12, 3.4))
     titles = {"report": "The report's rule: w sums to 4,\ndetection falls to 0",
@@ -2151,7 +2145,7 @@ def save_epoch(run: Run, rows: list[dict], train_set: JointSet, out: Path) -> No
 def data_name(config: Config) -> str:
     return "synthetic" if config.data == "synthetic" else Path(config.data).resolve().parent.name
 
-def run_training(config: Config, out: Path, resume: bool) -> int:
+def run_training(config: Config, out: Path, resume: bool) -> None:
     """Trains, saving log and checkpoint each epoch; then results.json, figure and closing table."""
     device, started = pick_device(config.device), time.perf_counter()
     train_set, val_set = load_data(config)
@@ -2173,14 +2167,14 @@ def run_training(config: Config, out: Path, resume: bool) -> int:
         results["time"] |= {"start_s": start_s, "process_cpu_s": time.process_time()}
         write_json(out / "results.json", results)
         print(f"{report_run(results)}\nwritten to {out}/: {', '.join(sorted(os.listdir(out)))}")
-    return 0
 
-def publish(results: dict[str, Any], report: Any, out: Path) -> dict[str, Any]:
-    """Writes results.json and the report as Markdown, prints it; the results as JSON has them."""
+def publish(results: dict[str, Any], report: Any, draw: Any, out: Path) -> dict[str, Any]:
+    """Writes results.json, report and figure, prints the report; the results as JSON has them."""
     results = clean({"schema": "jointgrad/1"} | results)
     write_json(out / "results.json", results)
     write_atomic(out / f"{results['mode']}.md", report(results))
     print(report(results))
+    draw(results, out / "figure.png")
     return results
 
 def sweep_cells(config: Config, spec: str, modes: tuple[str, ...]) -> dict[str, Config]:
@@ -2208,14 +2202,12 @@ def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: st
     warn(load_data(config))  # faults in the data are told once, before the first run
     table = quantities(run_grid(cells, out / "runs", jobs), list(labels), seeds)
     known = table if spec else table | smoke_quantities(range(10), ("report",))[0]
-    results = publish({
+    return publish({
         "mode": "sweep" if spec else "compare", "sweep": spec, "seeds": seeds,
         "config": dataclasses.asdict(config), "paired": paired(table),
         "modes": {mode: {key: interval(v) for key, v in q.items()} for mode, q in table.items()},
         "claims": judge(read_yaml(ROOT / "data" / "reported.yaml")["claims"], known),
-        "environment": environment(pick_device(config.device))}, report_compare, out)
-    draw_compare(results, out / "figure.png")
-    return results
+        "environment": environment(pick_device(config.device))}, report_compare, draw_compare, out)
 
 def check_rows(recorded: dict[str, dict], measured: dict[str, dict]) -> list[list]:
     """Mode, metric, recorded, measured; OUTSIDE where a mean left its recorded interval."""
@@ -2253,15 +2245,9 @@ def run_reproduce(out: Path) -> int:
     checks = check_smoke(reported["smoke_test"], table["smoke_report"])
     publish({"mode": "reproduce", "checks": checks, "rules": rules,
              "gradient_ratio": rules["smoke_report"]["gradient_ratio"],
-             "claims": judge(reported["claims"], table)}, report_smoke, out)
-    draw_smoke(runs, out / "figure.png")
+             "claims": judge(reported["claims"], table)},
+            report_smoke, partial(draw_smoke, runs), out)
     return int(any(check["ok"] is False for check in checks))
-
-def run_bench(config: Config, out: Path) -> int:
-    """Times the variants of a step; writes and prints the tables."""
-    results = publish(bench(config, pick_device(config.device)), report_bench, out)
-    draw_bench(results, out / "figure.png")
-    return 0
 
 def predict_items(args: argparse.Namespace, predictor: Predictor) -> tuple[list, dict | None]:
     """(name, function that reads it) of each image to predict; the metrics of a labelled split."""
@@ -2282,7 +2268,7 @@ def predict_items(args: argparse.Namespace, predictor: Predictor) -> tuple[list,
         return [(str(path), partial(read_image, path)) for path in data.paths], metrics
     return [(f"val-{i}", partial(Image.fromarray, p)) for i, p in enumerate(data.pixels)], metrics
 
-def run_predict(args: argparse.Namespace, out: Path) -> int:
+def run_predict(args: argparse.Namespace, out: Path) -> None:
     """Annotated pictures and predictions.json, of an image, a folder, or a set's val split."""
     if not args.checkpoint:
         raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt")
@@ -2300,9 +2286,8 @@ def run_predict(args: argparse.Namespace, out: Path) -> int:
     if metrics:
         print(markdown(["metric", "value"], [[m, metrics[m]] for m in METRICS]))
     print(f"{len(items)} picture(s) and predictions.json written to {out}/")
-    return 0
 
-def export(config: Config, folder: Path) -> int:
+def export(config: Config, folder: Path) -> None:
     """The synthetic set as files in the joint format, for any other trainer."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(f"--export {folder}: exists and is not an empty folder; give a new one")
@@ -2319,9 +2304,8 @@ def export(config: Config, folder: Path) -> int:
             "names": list(JETS), "classification_names": list(VIEWS)}
     write_atomic(folder / "data.yaml", yaml.safe_dump(spec, sort_keys=False))
     print(f"{config.train_images} train and {config.val_images} val images written to {folder}/")
-    return 0
 
-def report_data(config: Config) -> int:
+def report_data(config: Config) -> None:
     """Counts of a data set by split and class, its canvas and anchors; faults end it before."""
     splits = load_data(replace(config, cache_mb=0))  # counts need no pixels
     warn(splits)
@@ -2335,7 +2319,6 @@ def report_data(config: Config) -> int:
     if kinds[0]:
         sizes = np.concatenate([b[:, 3:] for b in train.boxes]) * train.canvas[::-1]
         print("anchors, px:", np.round(fit_anchors(sizes)).astype(int).tolist())
-    return 0
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line's options; argparse itself answers --help and misspelt options."""
@@ -2383,20 +2366,26 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Path]:
         raise UserError(f"--out {out}: is a file; give a folder")
     return config, out
 
-def dispatch(args: argparse.Namespace) -> int:
-    """Does what the arguments ask for; the exit code."""
+def dispatch(args: argparse.Namespace) -> int | None:
+    """Does what the arguments ask for; the exit code, None for 0."""
     config, out = prepare(args)
     if args.export:
-        return export(config, args.export)
-    if args.check:
+        export(config, args.export)
+    elif args.check:
         return run_check(args.check, out, args.jobs)
-    if args.sweep or args.mode == "compare":
+    elif args.sweep or args.mode == "compare":
         modes = MODES if args.mode == "compare" else (config.mode,)
         run_compare(config, args.seeds, out, args.jobs, args.sweep, modes)
-        return 0
-    jobs = {"reproduce": partial(run_reproduce, out), "bench": partial(run_bench, config, out),
-            "predict": partial(run_predict, args, out), "check": partial(report_data, config)}
-    return jobs.get(args.mode, partial(run_training, config, out, bool(args.resume)))()
+    elif args.mode == "reproduce":
+        return run_reproduce(out)
+    elif args.mode == "bench":
+        publish(bench(config, pick_device(config.device)), report_bench, draw_bench, out)
+    elif args.mode == "predict":
+        run_predict(args, out)
+    elif args.mode == "check":
+        report_data(config)
+    else:
+        run_training(config, out, bool(args.resume))
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line: 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
@@ -2405,7 +2394,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL on CUDA
-        return dispatch(args)
+        return dispatch(args) or 0
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
