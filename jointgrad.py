@@ -186,11 +186,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     kind, limits = getattr(hint, "__origin__", hint), getattr(hint, "__metadata__", ())
 
     def number(x: Any) -> float | int:
-        if isinstance(x, bool) or not limits[0] <= float(x) <= limits[1]:  # also if NaN
+        x = math.nan if isinstance(x, bool) else float(x)
+        if not limits[0] <= x <= limits[1] or kind is int and x % 1:  # also if NaN
             raise ValueError
-        if kind is int and float(x) != int(float(x)):
-            raise ValueError
-        return int(float(x)) if kind is int else float(x)
+        return int(x) if kind is int else x
 
     with contextlib.suppress(ValueError, TypeError, LookupError, OverflowError):
         if kind is str and isinstance(value, str) and "\0" not in value:  # no path has zero bytes
@@ -336,7 +335,7 @@ def synthetic_sample(seed: int, split: str, i: int, imgsz: int, c: float) -> tup
 # --------------------------------------------------------------------------------------------------
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")  # none of them runs code
-SUFFIXES = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm .jp2".split())
+SUFFIXES = ".bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 NO_LABEL = -100  # an image without a class; cross_entropy's ignore_index
 
 class Batch(NamedTuple):
@@ -384,9 +383,9 @@ def parse_row(fields: list[float], num_classes: int, num_labels: int) -> int | l
     """
     if num_labels and sorted(fields) == [0] * (num_labels - 1) + [1]:
         return fields.index(1)
-    if num_labels and len(fields) == 1 and fields[0] in range(num_labels):
+    if len(fields) == 1 and fields[0] in range(num_labels):
         return int(fields[0])
-    if len(fields) < 5 or len(fields) == 6 or len(fields) > 5 and len(fields) % 2 == 0:
+    if len(fields) < 5 or len(fields) % 2 == 0:
         label = f", or an image class (one-hot of {num_labels} or an index)" * bool(num_labels)
         raise ValueError(f"expected a box (class xc yc w h) or polygon (class x1 y1 …){label}")
     if fields[0] not in range(num_classes):
@@ -540,7 +539,7 @@ def find_images(entry: Any, root: Path, where: str) -> tuple[list[Path], list[st
             reason = getattr(error, "strerror", None) or "a loop of links"
             errors.append(f"{file}: cannot be read ({reason})")
     if not files and not errors:
-        errors = [f"{where}: no image in {entry}; expected {' '.join(sorted(SUFFIXES))}"]
+        errors = [f"{where}: no image in {entry}; expected {' '.join(SUFFIXES)}"]
     return sorted(set(files)), errors
 
 def label_path(image: Path) -> Path:
@@ -573,10 +572,7 @@ def read_split(spec: dict, split: str, root: Path, where: Path) -> tuple[JointSe
     return data, sizes, errors
 
 def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
-    """The train and val splits of a joint set, every label row and image header checked.
-
-    Raises one UserError with a line for each fault, up to ten.
-    """
+    """The train and val splits, labels and image headers checked; up to ten faults in an error."""
     spec = read_yaml(path)
     if not isinstance(spec, dict) or not isinstance(spec.get("path", "."), str):
         raise UserError(f"{path}: expected keys path, train, val, names, classification_names")
@@ -622,10 +618,7 @@ def load_data(config: Config) -> tuple[JointSet, JointSet]:
 
 def batches(data: JointSet, config: Config, epoch: int | None, world: int = 1,
             rank: int = 0) -> torch.utils.data.DataLoader:
-    """Loads uint8 batches: shuffled by (seed, epoch), shared out among ranks.
-
-    In order, and all of it on every rank, where epoch is None.
-    """
+    """Loads uint8 batches by (seed, epoch), shared among ranks; epoch None: in order, unshared."""
     sampler, size = torch.utils.data.SequentialSampler(data), 64
     if epoch is not None:
         sampler = torch.utils.data.DistributedSampler(data, world, rank, seed=config.seed)
@@ -733,10 +726,7 @@ def decode(logits: Tensor, cell: Tensor, anchor: Tensor, stride: Tensor | int) -
     return torch.cat([(p[..., :2] - 0.5 + cell) * stride, p[..., 2:].square() * anchor], -1)
 
 def suppress(boxes_xyxy: np.ndarray, classes: np.ndarray, iou_thres: float) -> np.ndarray:
-    """Which boxes (n, 4), best first, non-maximum suppression keeps: (n,) bool.
-
-    Greedy: a box stays if no kept box of its class before it overlaps it more than iou_thres.
-    """
+    """Which boxes (n, 4), best first, stay (n,): no kept one of their class overlaps them more."""
     keep = np.ones(len(classes), bool)
     for k in np.unique(classes):  # class by class: small matrices stay in the processor's cache
         at = np.flatnonzero(classes == k)
@@ -953,12 +943,11 @@ class Network(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the trunk and of each task; a whole network of one's own is its task's."""
-        counts = {"total": 0, "trunk": 0, "det": 0, "cls": 0}
+        counts = dict.fromkeys(("total", "trunk", "det", "cls"), 0)
         for part in self.parts:
-            for name, module in ({"trunk": part.trunk} | dict(part.heads.items())).items():
+            for name, module in (("trunk", part.trunk), *part.heads.items()):
                 owner = next(iter(part.heads)) if len(self.parts) > 1 else name
-                size = sum(p.numel() for p in module.parameters())
-                counts[owner] = counts.get(owner, 0) + size
+                counts[owner] += sum(p.numel() for p in module.parameters())
         return counts | {"total": sum(counts.values())}
 
 # --------------------------------------------------------------------------------------------------
@@ -1128,10 +1117,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x
 
 def similarities(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and magnitude similarity 2ab / (a^2 + b^2), means over pairs of tasks: each (...,).
-
-    gram: (..., T, T), the inner products of the tasks' gradients.
-    """
+    """Cosine and 2ab / (a^2 + b^2), means over pairs (...,), of inner products (..., T, T)."""
     T, squares = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
     ab = (squares[..., None] * squares[..., None, :]).sqrt()  # (..., T, T)
     cosine = gram / ab.clamp(min=1e-30)
@@ -1467,10 +1453,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: str | Path | Image.Image, least: float = 0.0) -> dict[str, Any]:
-        """boxes [{name, score, box_xyxy px}], best first; classification {name, probs} or None.
-
-        Without the boxes that score below `least`.
-        """
+        """boxes [{name, score >= least, box_xyxy px}], classification {name, probs} or None."""
         image = image if isinstance(image, Image.Image) else read_image(Path(image))
         canvas = canvas_size([image.size], self.config.imgsz)  # its own: training's may be larger
         left, top, w, h = fit(image.size, canvas)
@@ -1591,13 +1574,10 @@ def paired(table: dict[str, dict[str, list]]) -> list[dict[str, Any]]:
     return rows
 
 def judge(claims: list[dict], table: dict[str, dict[str, list]]) -> list[dict[str, Any]]:
-    """A verdict on each claim: does the 95 % interval lie inside, outside or across what it states?
-
-    `measure` is [kind, metric, mode, versus]; kind is value, ratio (mode / versus) or gain (in %).
-    """
+    """A verdict on each claim: does the 95 % interval lie inside, outside or across its range?"""
     rows = []
     for claim in claims:
-        kind, metric, mode, versus = (*claim["measure"], None)[:4]
+        kind, metric, mode, versus = (*claim["measure"], None)[:4]  # see data/reported.yaml
         x, base = table.get(mode, {}).get(metric), table.get(versus, {}).get(metric)
         if x is None or versus and base is None:
             continue
@@ -1668,23 +1648,22 @@ def smoke_quantities(seeds: range, rules: tuple[str, ...] = ("report", "gradnorm
     table = {}
     for rule, of_rule in runs.items():
         epochs = np.array([run["loss"].reshape(5, 10).mean(1) for run in of_rule])  # (seeds, 5)
-        final = np.array([run["w"][-1] for run in of_rule])
-        columns = {"final_weight_det": final[:, 0], "final_weight_cls": final[:, 1],
-                   "weight_change_det": final[:, 0] - 1.0, "weight_change_cls": final[:, 1] - 0.01,
-                   "mean_loss": epochs.mean(1),
-                   "loss_change": 100 * (epochs[:, -1] / epochs[:, 0] - 1),
-                   "train_seconds": [run["seconds"] for run in of_rule]}
-        columns |= {key: [run[key] for run in of_rule] for key in ("parameters", "share_det")}
-        table[f"smoke_{rule}"] = {key: np.asarray(v, float).tolist() for key, v in columns.items()}
-        if rule == "report":
-            table["smoke_report"]["gradient_ratio"] = [run["ratio"] for run in of_rule]
+        det, cls = np.array([run["w"][-1] for run in of_rule]).T  # (seeds,) each
+        table[f"smoke_{rule}"] = {
+            "final_weight_det": det, "final_weight_cls": cls, "weight_change_det": det - 1.0,
+            "weight_change_cls": cls - 0.01, "mean_loss": epochs.mean(1),
+            "loss_change": 100 * (epochs[:, -1] / epochs[:, 0] - 1)}
+        for name, key in (("train_seconds", "seconds"), ("parameters", "parameters"),
+                          ("share_det", "share_det"), ("gradient_ratio", "ratio")):
+            if of_rule[0][key] is not None:
+                table[f"smoke_{rule}"][name] = [run[key] for run in of_rule]
     return table, runs
 
 def check_smoke(reported: dict, table: dict[str, list]) -> list[dict[str, Any]]:
     """Each number of the report beside what the seeds give; `spread`: within their range."""
     checks = []
     for name, entry in reported.items():
-        x, tolerance, value = np.array(table[name]), entry["tolerance"], entry["value"]
+        x, tolerance, value = np.array(table[name], float), entry["tolerance"], entry["value"]
         ok = (None if tolerance == "machine" else bool(x.min() <= value <= x.max())
               if tolerance == "spread" else bool(np.all(np.abs(x - value) <= tolerance)))
         checks.append({"name": name, "reported": value, "measured": float(x.mean()),
@@ -2256,8 +2235,7 @@ def predict_items(args: argparse.Namespace, predictor: Predictor) -> tuple[list,
         files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         files = files if source.is_dir() else [source]
         if not files:
-            kinds = " ".join(sorted(SUFFIXES))
-            raise UserError(f"--source {source}: no image here; expected {kinds}")
+            raise UserError(f"--source {source}: no image here; expected {' '.join(SUFFIXES)}")
         return [(str(file), partial(read_image, file)) for file in files], None
     config = replace(predictor.config, data=args.data or predictor.config.data)
     _, data = load_data(config)
@@ -2330,15 +2308,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="synthetic, or the data.yaml of a joint YOLO set")
     add("--config", type=Path, default=ROOT / "config.yaml", help="settings laid over config.yaml")
     add("--seed", type=int, help="seed of one run")
-    add("--seeds", type=int, nargs="+", metavar="N", default=[*range(6)],
-        help="for compare, --sweep (default: 0 to 5)")
+    add("--seeds", type=int, nargs="+", default=[*range(6)], help="compare, --sweep (0 to 5)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--out", type=Path, help="folder of the results (default: runs/<mode>-<data>-s<seed>)")
     add("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
-    add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE",
-        help="override keys of the config")
-    add("--sweep", default="", metavar="KEY=V1,V2",
-        help="run --mode (compare: all modes) at several values")
+    add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override keys")
+    add("--sweep", default="", metavar="KEY=V1,V2", help="run --mode (compare: all) at each value")
     add("--export", type=Path, metavar="DIR", help="write the synthetic set in the joint format")
     add("--check", type=Path, metavar="FILE", help="repeat a recorded comparison; 1 if it moved")
     add("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
