@@ -929,10 +929,9 @@ class Network(nn.Module):
             heads["det"] = DetectionHead(num_classes, anchors, width, depth)
         if "cls" in config.tasks:
             heads["cls"] = ClassificationHead(cls_trunk.c_out, num_labels, config.dropout)
-        parts = [JointNet(trunk, heads)]
-        if dual:
-            parts = [JointNet(t, {task: heads[task]}) for t, task in zip((trunk, cls_trunk), heads)]
-        self.parts = nn.ModuleList(parts)
+        self.parts = nn.ModuleList(
+            [JointNet(trunk, {"det": heads["det"]}), JointNet(cls_trunk, {"cls": heads["cls"]})]
+            if dual else [JointNet(trunk, heads)])
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 # Departs from YOLOv5 (0.03): because its statistics lag hundreds of steps behind.
@@ -1627,7 +1626,7 @@ def smoke_test(seed: int, rule: str) -> dict[str, Any]:
             g = norms(losses, out)  # (2,), at the heads' outputs, not at W
             L0, G0_bar = (L, g.mean()) if L0 is None else (L0, G0_bar)
             w = report_rule(w, g, G0_bar, L / L0 / (L / L0).mean(), 1.5)
-            ratios.append(g)
+            ratios.append(g[0] / g[1])
         n = norms(losses, [W, W]) if rule == "gradnorm" else None
         loss = (w * losses).sum()
         optimizer.zero_grad()
@@ -1637,10 +1636,9 @@ def smoke_test(seed: int, rule: str) -> dict[str, Any]:
         w = balancer.update(L, n) if rule == "gradnorm" else w
     log, seconds = torch.stack(log).numpy(), time.perf_counter() - started  # (50, 3)
     G = w * norms(forward()[1], [W, W])  # whose gradient the trunk would follow from here on
-    ratio = float(np.mean([g[0] / g[1] for g in ratios])) if ratios else None
     return {"w": np.vstack([log[:, :2], w.tolist()]), "loss": log[:, 2], "seconds": seconds,
-            "parameters": sum(p.numel() for p in parameters), "ratio": ratio,
-            "share_det": float(G[0] / G.sum())}
+            "parameters": sum(p.numel() for p in parameters), "share_det": float(G[0] / G.sum()),
+            "ratio": float(np.mean(ratios)) if ratios else None}
 
 def smoke_quantities(seeds: range, rules: tuple[str, ...] = ("report", "gradnorm")) -> tuple:
     """What the smoke test gives under each rule, over seeds: numbers for `judge`, and the runs."""
@@ -1709,12 +1707,11 @@ def make_variant(name: str, config: Config, data: JointSet, device: torch.device
     how = {"fixed": plain_backward, "textbook": textbook_backward}.get(name, backward)
     return partial(train_step, run, batch, 0.5, how), run.network, batch.images
 
-def time_interleaved(steps: dict[str, Any], rounds: int, device: torch.device,
-                     bar: tqdm) -> np.ndarray:
+def time_interleaved(steps: list, rounds: int, device: torch.device, bar: tqdm) -> np.ndarray:
     """Seconds (rounds, steps, 2) wall and CPU; steps in turns, so that drift hits all alike."""
     times = np.zeros((rounds + 2, len(steps), 2))
     for of_round in times:  # (steps, 2), a view that `spent` fills
-        for step, spent in zip(steps.values(), of_round):
+        for step, spent in zip(steps, of_round):
             wall, cpu = time.perf_counter(), time.process_time()
             step()
             if device.type == "cuda":
@@ -1729,15 +1726,11 @@ def bench_case(config: Config, device: torch.device, rounds: int, bar: tqdm, nam
     data, _ = load_data(replace(config, data="synthetic", val_images=2,
                                 train_images=config.batch_size))
     made = {name: make_variant(name, config, data, device, tasks) for name in names}
-    times = time_interleaved({a: m[0] for a, m in made.items()}, rounds, device, bar)
+    times = time_interleaved([step for step, _, _ in made.values()], rounds, device, bar)
     wall, cpu = (dict(zip(names, times[:, :, k].T)) for k in (0, 1))  # name -> (rounds,)
-    rows = {"inference_images_per_s": {}, "flops_per_image": {}}
-    for name, (_, network, images) in made.items():
-        network.eval()
-        with torch.no_grad():
-            forward = time_interleaved({name: partial(network, images)}, 5, device, bar)
-        rows["inference_images_per_s"][name] = len(images) / np.median(forward[:, 0, 0])
-        rows["flops_per_image"][name] = flops_per_image(network, data.canvas)
+    forwards = [partial(network.eval(), images) for _, network, images in made.values()]
+    with torch.no_grad():
+        forward = time_interleaved(forwards, 5, device, bar)[:, :, 0].T  # (variants, 5) wall
 
     def spread(x: np.ndarray, scale: float = 1.0) -> dict[str, float]:
         return {"median": scale * np.median(x), "min": scale * x.min(), "max": scale * x.max()}
@@ -1745,11 +1738,14 @@ def bench_case(config: Config, device: torch.device, rounds: int, bar: tqdm, nam
     fair = cpu if device.type == "cpu" else wall  # CPU time leaves out what neighbours take
     pairs = [(name, "fixed") for name in ("gradnorm", "textbook", "dual", "detect", "classify")]
     pairs += [("textbook", "gradnorm"), ("nchw", "gradnorm")]
-    return rows | {"step_ms": {name: spread(x, 1000) for name, x in wall.items()},
-                   "cpu_ms": {name: spread(x, 1000) for name, x in cpu.items()},
-                   "images_per_s": {a: config.batch_size / np.median(x) for a, x in wall.items()},
-                   "ratios": {f"{a}/{b}": spread(fair[a] / fair[b])  # in a round drift cancels
-                              for a, b in pairs if a in names and b in names}}
+    return {"step_ms": {name: spread(x, 1000) for name, x in wall.items()},
+            "cpu_ms": {name: spread(x, 1000) for name, x in cpu.items()},
+            "images_per_s": {a: config.batch_size / np.median(x) for a, x in wall.items()},
+            "inference_images_per_s": {a: config.batch_size / np.median(x)
+                                       for a, x in zip(names, forward)},
+            "flops_per_image": {a: flops_per_image(m[1], data.canvas) for a, m in made.items()},
+            "ratios": {f"{a}/{b}": spread(fair[a] / fair[b])  # in a round drift cancels
+                       for a, b in pairs if a in names and b in names}}
 
 def bench(config: Config, device: torch.device, rounds: int = 100) -> dict[str, Any]:
     """All variants at the default size and at width 0.25, 128 px; growth."""
@@ -2228,35 +2224,31 @@ def run_reproduce(out: Path) -> int:
             report_smoke, partial(draw_smoke, runs), out)
     return int(any(check["ok"] is False for check in checks))
 
-def predict_items(args: argparse.Namespace, predictor: Predictor) -> tuple[list, dict | None]:
-    """(name, function that reads it) of each image to predict; the metrics of a labelled split."""
+def run_predict(args: argparse.Namespace, out: Path) -> None:
+    """Annotated pictures and predictions.json, of an image, a folder, or a set's val split."""
+    if not args.checkpoint:
+        raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt")
+    predictor = Predictor(args.checkpoint, str(pick_device(args.device or "auto")))
+    config, metrics = replace(predictor.config, data=args.data or predictor.config.data), None
     if args.source:
         source = Path(args.source)
         files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         files = files if source.is_dir() else [source]
         if not files:
             raise UserError(f"--source {source}: no image here; expected {' '.join(SUFFIXES)}")
-        return [(str(file), partial(read_image, file)) for file in files], None
-    config = replace(predictor.config, data=args.data or predictor.config.data)
-    _, data = load_data(config)
-    if (data.names, data.classification_names) != (predictor.names, predictor.classification_names):
-        raise UserError(f"--data {config.data}: not the classes that {args.checkpoint} learnt")
-    metrics = evaluate(predictor.network, data, config, IOU_THRESHOLDS)
-    if data.paths:
-        return [(str(path), partial(read_image, path)) for path in data.paths], metrics
-    return [(f"val-{i}", partial(Image.fromarray, p)) for i, p in enumerate(data.pixels)], metrics
-
-def run_predict(args: argparse.Namespace, out: Path) -> None:
-    """Annotated pictures and predictions.json, of an image, a folder, or a set's val split."""
-    if not args.checkpoint:
-        raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt")
-    predictor = Predictor(args.checkpoint, str(pick_device(args.device or "auto")))
-    items, metrics = predict_items(args, predictor)
+    else:
+        _, data = load_data(config)
+        learnt = predictor.names, predictor.classification_names
+        if (data.names, data.classification_names) != learnt:
+            raise UserError(f"--data {config.data}: not the classes that {args.checkpoint} learnt")
+        files, metrics = data.paths, evaluate(predictor.network, data, config, IOU_THRESHOLDS)
+    items = [(str(file), partial(read_image, file)) for file in files] or [
+        (f"val-{i}", partial(Image.fromarray, pixels)) for i, pixels in enumerate(data.pixels)]
     results = {"schema": "jointgrad/1", "mode": "predict", "metrics": metrics, "images": []}
     out.mkdir(parents=True, exist_ok=True)
     for k, (name, read) in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
         image = read()
-        found = predictor(image, predictor.config.predict_conf)
+        found = predictor(image, config.predict_conf)
         picture = f"{k:05d}.png"  # never a name from a file
         annotate(image, found, predictor.names).save(out / picture)
         results["images"].append({"image": name, "picture": picture} | found)
@@ -2300,9 +2292,7 @@ def report_data(config: Config) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line's options; argparse itself answers --help and misspelt options."""
-    parser = argparse.ArgumentParser(
-        prog="jointgrad.py", description="Joint detection and classification: does one task's "
-        "gradient hurt the other, and which remedy works at what cost?")
+    parser = argparse.ArgumentParser("jointgrad.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--mode", choices=MODES + JOBS, help="what to do (default: the config's mode)")
     add("--data", help="synthetic, or the data.yaml of a joint YOLO set")
