@@ -220,7 +220,7 @@ def make_config(values: Any, where: str = "config") -> Config:
         raise UserError(f"{where}: expected lines of 'key: value', found {type(values).__name__}")
     hints = get_type_hints(Config, include_extras=True)
     for key in (key for key in values if key not in hints):
-        near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{where}: unknown key {str(key)[:60]!r}{hint}")
     for key in (key for key in hints if key not in values):
@@ -230,20 +230,24 @@ def make_config(values: Any, where: str = "config") -> Config:
         raise UserError(f"config key imgsz: found {config.imgsz}, expected a multiple of 32")
     return config
 
-def load_config(path: Path, overrides: list[str] = (), **fields: Any) -> Config:
-    """The Config of a YAML file laid over the shipped one, with `key=value` texts and fields."""
-    values, given = read_yaml(ROOT / "config.yaml"), read_yaml(path)
-    values = make_config(values | given if isinstance(given, dict) else given, str(path)).__dict__
-    for text in overrides:
+def override(config: Config, settings: list[str], **fields: Any) -> Config:
+    """The config with `key=value` texts and those fields that are not None."""
+    values = dataclasses.asdict(config)
+    for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected key=value, as in --set epochs=3")
         try:
-            values = values | {key.strip(): yaml.safe_load(value)}
+            values |= {key.strip(): yaml.safe_load(value)}
         except YAML_ERRORS as error:
             raise UserError(f"--set {text[:80]}: the value is not plain YAML") from error
-    given = {key: value for key, value in fields.items() if value is not None}
-    return make_config(values | given, "--set")
+    return make_config(values | {k: v for k, v in fields.items() if v is not None}, "--set")
+
+def load_config(path: Path, settings: list[str] = (), **fields: Any) -> Config:
+    """The Config of a YAML file laid over the shipped one, then `override`."""
+    values, given = read_yaml(ROOT / "config.yaml"), read_yaml(path)
+    config = make_config(values | given if isinstance(given, dict) else given, str(path))
+    return override(config, settings, **fields)
 
 # --------------------------------------------------------------------------------------------------
 # 2. Synthetic data: (seed, split, i) -> one echocardiogram-like frame, its jets and its view
@@ -385,12 +389,14 @@ def parse_row(fields: list[float], num_classes: int, num_labels: int) -> int | l
         return fields.index(1)
     if len(fields) == 1 and fields[0] in range(num_labels):
         return int(fields[0])
-    if len(fields) < 5 or len(fields) % 2 == 0:
-        label = f", or an image class (one-hot of {num_labels} or an index)" * bool(num_labels)
-        raise ValueError(f"expected a box (class xc yc w h) or polygon (class x1 y1 …){label}")
+    hot = num_labels and set(fields) == {0, 1} and len(fields) == 5  # no box: its centre is a corner
+    if hot or len(fields) < 5 or len(fields) % 2 == 0:
+        label = (f"an image class (one-hot of {num_labels} or an index)" if num_labels else
+                 "name the image classes as classification_names in data.yaml")
+        raise ValueError(f"expected a box (class xc yc w h), polygon (class x1 y1 …), or {label}")
     if fields[0] not in range(num_classes):
         raise ValueError(f"expected a box class that is a whole number from 0 to {num_classes - 1}")
-    if not all(0 <= v <= 1 for v in fields[1:]):
+    if not all(-1e-3 <= v <= 1.001 for v in fields[1:]):  # beyond 0 and 1: the file's rounding
         raise ValueError("expected fractions of width and height from 0 to 1, not pixels")
     if len(fields) > 5:
         (x1, x2), (y1, y2) = ((min(v), max(v)) for v in (fields[1::2], fields[2::2]))
@@ -470,15 +476,34 @@ def image_size(path: Path) -> tuple[int, int]:
         # EXIF tag 0x0112 is the orientation; with 5 to 8 width and height change places.
         return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
-def read_image(path: Path) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """The image as 8-bit RGB, upright; grey, palette, RGBA, CMYK and 16-bit grey are converted."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16 bit: Pillow's convert would clip at 255, not scale
+        levels = np.asarray(upright).astype(np.int64).clip(0, 65535) // 257  # 65535 / 257 = 255
+        upright = Image.fromarray(levels.astype(np.uint8))
+    return upright.convert("RGB")
+
+def read_image(path: Path) -> Image.Image:
     with open_image(path) as image:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bit: Pillow's convert would clip at 255, not scale
-            levels = np.asarray(upright).astype(np.int64).clip(0, 65535) // 257  # 65535 / 257 = 255
-            upright = Image.fromarray(levels.astype(np.uint8))
-        return upright.convert("RGB")
+        return to_rgb(image)
+
+def collect(read: Any, items: list) -> tuple[list, list[str]]:
+    """read(item) of the items, and the message of each on which it raised UserError."""
+    found, errors = [], []
+    for item in items:
+        try:
+            found.append(read(item))
+        except UserError as error:
+            errors.append(str(error))
+    return found, errors
+
+def raise_all(errors: list[str]) -> None:
+    """One UserError with a line for each fault, up to ten; nothing where there is none."""
+    if errors:
+        more = [f"… and {len(errors) - 10} more"] * (len(errors) > 10)
+        raise UserError("\n".join(errors[:10] + more))
 
 def canvas_size(sizes: list[tuple[int, int]], imgsz: int) -> tuple[int, int]:
     """Least height and width, multiples of 32, that hold all images at a longest side of imgsz."""
@@ -554,22 +579,19 @@ def read_split(spec: dict, split: str, root: Path, where: Path) -> tuple[JointSe
     if "classification_names" in spec:
         labels = class_names(spec, "classification_names", where)
     files, errors = find_images(spec.get(split), root, f"{where}: {split}")
-    data, sizes, owner = JointSet([], [], names, labels, (0, 0)), [], {}
-    for file in [] if errors else files:
+    files, owner = [] if errors else files, {}
+    data = JointSet([], [], names, labels, (0, 0), paths=files)
+    for file in files:
         first = owner.setdefault(label_path(file), file)  # x.jpg and x.png both mean x.txt
         if first != file:
             errors.append(f"{file}: shares its label file with {first.name}; rename one")
         boxes, label, found, notes = read_label_file(label_path(file), len(names), len(labels))
         errors += found
         data.warnings += notes
-        try:
-            sizes.append(image_size(file))
-        except UserError as error:
-            errors.append(str(error))
         data.boxes.append(boxes)
         data.labels.append(label)
-        data.paths.append(file)
-    return data, sizes, errors
+    sizes, unreadable = collect(image_size, files)
+    return data, sizes, unreadable + errors
 
 def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
     """The train and val splits, labels and image headers checked; up to ten faults in an error."""
@@ -579,9 +601,11 @@ def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
     root = path.parent / spec.get("path", ".")
     (train, *_), (val, *_) = splits = [read_split(spec, s, root, path) for s in ("train", "val")]
     if not (errors := [error for _, _, found in splits for error in found]):
-        if spec.get("nc", len(train.names)) != len(train.names):
+        if str(spec.get("nc", len(train.names))) != str(len(train.names)):
             errors.append(f"{path}: nc is {spec['nc']} but names has {len(train.names)} entries")
-        if "cls" in config.tasks and not train.classification_names:
+        if not any(label_path(file).exists() for file in train.paths):
+            errors.append(f"{path}: train: no label file; expected {label_path(train.paths[0])}")
+        elif "cls" in config.tasks and not train.classification_names:
             errors.append(f"{path}: no classification_names: add them, or use --mode detect")
         elif "cls" in config.tasks and set(train.labels) <= {NO_LABEL}:
             errors.append(f"{path}: train: no image class in any label file; add one a file")
@@ -589,9 +613,11 @@ def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
             errors.append(f"{path}: train: no box in any label file; use --mode classify")
         if len(train) < 2:
             errors.append(f"{path}: train: expected two images at least (BatchNorm needs a batch)")
-    if errors:
-        more = [f"… and {len(errors) - 10} more"] * (len(errors) > 10)
-        raise UserError("\n".join(errors[:10] + more))
+    raise_all(errors)
+    for task, what, there in (("det", "box", any(map(len, val.boxes))),
+                              ("cls", "image class", set(val.labels) - {NO_LABEL})):
+        if task in config.tasks and not there:
+            train.warnings.insert(0, f"{path}: val: no {what} in any label file: it has no score")
     if set(train.paths) & set(val.paths):
         train.warnings.insert(0, f"{path}: train and val share images: no test on new ones")
     canvas = canvas_size(splits[0][1] + splits[1][1], config.imgsz)
@@ -601,7 +627,9 @@ def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
         for boxes, (left, top, w, h) in zip(data.boxes, [fit(size, canvas) for size in sizes]):
             boxes[:, 1:] = (boxes[:, 1:] * [w, h, w, h] + [left, top, 0, 0]) / (canvas[::-1] * 2)
         if len(data) * math.prod(canvas) * 3 <= config.cache_mb * 2**19:  # each split half
-            data.pixels = np.stack([letterbox(read_image(file), canvas) for file in data.paths])
+            pixels, errors = collect(lambda f: letterbox(read_image(f), canvas), data.paths)
+            raise_all(errors)
+            data.pixels = np.stack(pixels)
     return train, val
 
 def load_data(config: Config) -> tuple[JointSet, JointSet]:
@@ -1453,7 +1481,7 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, image: str | Path | Image.Image, least: float = 0.0) -> dict[str, Any]:
         """boxes [{name, score >= least, box_xyxy px}], classification {name, probs} or None."""
-        image = image if isinstance(image, Image.Image) else read_image(Path(image))
+        image = to_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
         canvas = canvas_size([image.size], self.config.imgsz)  # its own: training's may be larger
         left, top, w, h = fit(image.size, canvas)
         pixels = torch.tensor(letterbox(image, canvas), device=self.device)
@@ -1500,14 +1528,18 @@ def sign_flip_p(differences: Any) -> float:
     signs = np.array(list(itertools.product((1, -1), repeat=len(d))))  # (2^n, n)
     return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-12 * np.abs(d).sum()))
 
-def run_cell(config: Config, folder: Path) -> dict[str, Any]:
-    """results.json of one run in its own process; taken up where it stands, never done twice."""
+def run_cell(config: Config, folder: Path, changed: float) -> dict[str, Any]:
+    """results.json of one run in its own process; taken up where it stands, never done twice.
+
+    But from the start if data or code have changed (`changed`: when) since it began.
+    """
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples, as in the file
     done, started = folder / "results.json", folder / "config.yaml"
-    if not done.exists() or json.loads(done.read_text())["config"] != wanted:
+    fresh = started.exists() and started.stat().st_mtime > changed and read_yaml(started) == wanted
+    if not (fresh and done.exists() and json.loads(done.read_text())["config"] == wanted):
         settings = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in wanted.items()]
         choice = ["--out", str(folder), "--set", *settings]
-        if started.exists() and read_yaml(started) == wanted:
+        if fresh:
             choice = ["--resume", str(folder)]
         child = subprocess.run([sys.executable, __file__, *choice], capture_output=True, text=True)
         if child.returncode:
@@ -1516,12 +1548,12 @@ def run_cell(config: Config, folder: Path) -> dict[str, Any]:
     curve = [(row["step"] + 1, row["val"]) for row in rows if "val" in row]
     return json.loads(done.read_text()) | {"curve": curve}
 
-def run_grid(cells: dict[tuple, Config], out: Path, jobs: int) -> dict[tuple, dict]:
+def run_grid(cells: dict[tuple, Config], out: Path, jobs: int, changed: float) -> dict[tuple, dict]:
     """Runs every cell ((label, seed) -> config), `jobs` at a time; the results in that order."""
     folders = [out / f"{label}-s{seed}".replace(" ", "-").replace("/", "_")
                for label, seed in cells]
-    with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(run_cell, cells.values(), folders)  # one that fails cancels the rest
+    with ThreadPoolExecutor(jobs) as pool:  # one that fails cancels the rest
+        results = pool.map(partial(run_cell, changed=changed), cells.values(), folders)
         return dict(zip(cells, tqdm(results, total=len(cells), unit="run", disable=None)))
 
 def quantities(results: dict[tuple, dict], labels: list[str], seeds: list[int]) -> dict[str, dict]:
@@ -1818,7 +1850,8 @@ def cell(x: Any) -> str:
     if isinstance(x, (str, bool)):
         return str(x)
     whole = x == int(x) and (isinstance(x, int) or abs(x) > 9)
-    return f"{x:,.{0 if whole or abs(x) >= 1000 else 1 if abs(x) >= 10 else 3}f}"
+    digits = 0 if whole or abs(x) >= 1000 else 1 if abs(x) >= 10 else 3
+    return f"{round(x, digits) + 0.0:,.{digits}f}"  # + 0.0: no minus before zero
 
 def markdown(header: list[str], rows: list[list[Any]]) -> str:
     """An aligned Markdown table."""
@@ -1854,16 +1887,19 @@ def annotate(image: Image.Image, found: dict[str, Any], names: list[str]) -> Ima
     """The picture with its boxes and its class, enlarged to about 320 px where it is smaller."""
     zoom = max(1, round(320 / max(image.size)))
     sheet = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    import matplotlib  # for a font that has more than ASCII
+    size = max(12, max(sheet.size) // 50)
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    draw = ImageDraw.Draw(sheet)
     palette = ("#ff5c5c", "#5cb3ff", "#7dff5c", "#ffd75c", "#e05cff", "#5cffe4")
     title = (found["classification"] or {"name": ""})["name"]
     notes = [((4, 4), title, "white")] if title else []
     for box in found["boxes"]:
         colour = palette[names.index(box["name"]) % len(palette)]
         x1, y1, x2, y2 = (v * zoom for v in box["box_xyxy"])
-        draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=max(2, size // 8))
         score = f" {box['score']:.2f}" if "score" in box else ""
-        notes.append(((x1, max(0, y1 - 14)), box["name"] + score, colour))
+        notes.append(((x1, max(0, y1 - size - 2)), box["name"] + score, colour))
     for spot, text, colour in notes[::-1]:  # the best last, on top
         draw.rectangle(draw.textbbox(spot, text, font=font), fill="black")
         draw.text(spot, text, fill=colour, font=font)
@@ -2020,7 +2056,8 @@ def report_compare(results: dict[str, Any]) -> str:
 def report_claims(claims: list[dict[str, Any]]) -> str:
     """The Markdown table of the report's claims, measured values and verdicts."""
     rows = [[c["id"], c["claim"], c["reported"],
-             cell({"mean": c["measured"], "ci95": c["ci95"]}) + f" {c['unit']}".rstrip(),
+             "+" * (c["unit"] == "%" and c["measured"] > 0)  # a change
+             + cell({"mean": c["measured"], "ci95": c["ci95"]}) + f" {c['unit']}".rstrip(),
              c["verdict"]] for c in claims]
     return markdown(["id", "claim", "reported", "measured [95 %]", "verdict"], rows)
 
@@ -2034,10 +2071,10 @@ def report_smoke(results: dict[str, Any]) -> str:
     return markdown(["number", "reported", "measured", "range over seeds", "ok",
                      "under GradNorm"], rows) + f"""
 Why the report's rule collapses: its norms are those of the unweighted losses, so the weights never
-feed back, and every update multiplies w_det / w_cls by g_cls / g_det. That ratio of output
-gradients, mean cross-entropy over mean BCE, is {ratio} here whatever the tasks' difficulty, and it
-compounds. Dividing by the mean and multiplying by T makes the weights sum to T^2 = 4, all of
-which ends on classification, while the detector is no longer trained.
+feed back, and every update multiplies w_det / w_cls by (g_cls / g_det) (r_det / r_cls)^alpha. The
+ratio of output gradients g_det / g_cls, mean cross-entropy over mean BCE, is {ratio} here whatever
+the tasks' difficulty, and it compounds. Dividing by the mean and multiplying by T makes the weights
+sum to T^2 = 4, all of which ends on classification, while the detector is no longer trained.
 
 """ + report_claims(results["claims"])
 
@@ -2079,6 +2116,13 @@ def warn(splits: tuple[JointSet, ...]) -> None:
     for line in lines[:10] + [f"… and {len(lines) - 10} more"] * (len(lines) > 10):
         print(f"warning: {line}", file=sys.stderr)
 
+def take_folder(out: Path, sign: str, option: str = "--out") -> None:
+    """UserError unless `out` is new, empty, or has a file named `sign` of an earlier such job."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{option} {out}: is a file; give a folder")
+    if out.exists() and any(out.iterdir()) and not any(out.glob(sign + "*")):
+        raise UserError(f"{option} {out}: not empty, and no earlier result; give a new folder")
+
 def start_files(run: Run, out: Path, resume: bool) -> list[dict]:
     """Makes the folder fit for `run`; returns the rows of its log that belong to saved epochs."""
     log, settings, rows = out / "metrics.jsonl", clean(dataclasses.asdict(run.config)), []
@@ -2099,8 +2143,8 @@ def start_files(run: Run, out: Path, resume: bool) -> list[dict]:
     if run.rank == 0:
         for name in () if rows else ("last.pt", "best.pt", "results.json", "figure.png"):
             (out / name).unlink(missing_ok=True)
-        write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     return rows
 
 def save_epoch(run: Run, rows: list[dict], train_set: JointSet, out: Path) -> None:
@@ -2109,8 +2153,8 @@ def save_epoch(run: Run, rows: list[dict], train_set: JointSet, out: Path) -> No
         file.write("".join(json.dumps(row) + "\n" for row in rows))
     val = rows[-1].get("val", {})
     scores = [val[key] for key in ("mAP50", "balanced_accuracy") if val.get(key) is not None]
-    better = bool(scores) and float(np.mean(scores)) > run.best
-    run.best = float(np.mean(scores)) if better else run.best
+    score = float(np.mean(scores)) if scores else run.best  # without one: the last epoch's
+    better, run.best = not scores and "val" in rows[-1] or score > run.best, max(score, run.best)
     settings = clean(dataclasses.asdict(run.config))
     state = {"format": "jointgrad/1", "config": settings, "names": train_set.names,
              "classification_names": train_set.classification_names, "run": run.state_dict()}
@@ -2162,8 +2206,12 @@ def sweep_cells(config: Config, spec: str, modes: tuple[str, ...]) -> dict[str, 
             raise ValueError
     except YAML_ERRORS as error:
         raise UserError(f"--sweep {spec[:80]}: expected key=v1,v2, as in alpha=0,1.5") from error
-    if key in ("alpha", "gradnorm_lr", "w_min") and "gradnorm" not in modes:
-        raise UserError(f"--sweep {key}: only --mode gradnorm has it; other modes do not use it")
+    owners = {"gradnorm": ("alpha", "gradnorm_lr", "w_min", "initial_weights"),
+              "fixed": ("initial_weights",), "none": ("mode", "seed"),
+              "dual": ("dual_lr", "dual_width_multiple", "progressive_share", "progressive_scale")}
+    users = [mode for mode, keys in owners.items() if key in keys] or modes
+    if not set(users) & set(modes):
+        raise UserError(f"--sweep {key}: changes nothing here; it is read by: {', '.join(users)}")
     return {f"{mode} {key}={str(value).replace(' ', '')}": make_config(
         dataclasses.asdict(config) | {key: value, "mode": mode}, "--sweep")
         for value in values for mode in modes}
@@ -2174,8 +2222,12 @@ def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: st
     labels = sweep_cells(config, spec, modes)
     cells = {(label, seed): replace(of_label, seed=seed)
              for seed in seeds for label, of_label in labels.items()}
-    warn(load_data(config))  # faults in the data are told once, before the first run
-    table = quantities(run_grid(cells, out / "runs", jobs), list(labels), seeds)
+    splits = load_data(config)
+    warn(splits)  # faults in the data are told once, before the first run
+    images = [image for split in splits for image in split.paths]
+    changed = max(file.stat().st_mtime for file in itertools.chain(
+        [Path(__file__)], images, map(label_path, images)) if file.exists())
+    table = quantities(run_grid(cells, out / "runs", jobs, changed), list(labels), seeds)
     known = table if spec else table | smoke_quantities(range(10), ("report",))[0]
     return publish({
         "mode": "sweep" if spec else "compare", "sweep": spec, "seeds": seeds,
@@ -2224,43 +2276,55 @@ def run_reproduce(out: Path) -> int:
             report_smoke, partial(draw_smoke, runs), out)
     return int(any(check["ok"] is False for check in checks))
 
+def predict_items(args: argparse.Namespace, predictor: Predictor) -> tuple[list, dict | None]:
+    """(name, function that reads it) of each image to predict; the metrics of a labelled split."""
+    if args.source:
+        source = Path(args.source)
+        files = [source] if source.is_file() else sorted(
+            p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(f"--source {source}: no image here; expected {' '.join(SUFFIXES)}")
+        return [(str(file), partial(read_image, file)) for file in files], None
+    _, data = load_data(predictor.config)
+    learnt = predictor.names, predictor.classification_names
+    if (data.names, data.classification_names) != learnt:
+        raise UserError(f"--data {predictor.config.data}: not the classes {args.checkpoint} learnt")
+    metrics = evaluate(predictor.network, data, predictor.config, IOU_THRESHOLDS)
+    if data.paths:
+        return [(str(file), partial(read_image, file)) for file in data.paths], metrics
+    return [(f"val-{i}", partial(Image.fromarray, p)) for i, p in enumerate(data.pixels)], metrics
+
 def run_predict(args: argparse.Namespace, out: Path) -> None:
     """Annotated pictures and predictions.json, of an image, a folder, or a set's val split."""
     if not args.checkpoint:
         raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt")
     predictor = Predictor(args.checkpoint, str(pick_device(args.device or "auto")))
-    config, metrics = replace(predictor.config, data=args.data or predictor.config.data), None
-    if args.source:
-        source = Path(args.source)
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        files = files if source.is_dir() else [source]
-        if not files:
-            raise UserError(f"--source {source}: no image here; expected {' '.join(SUFFIXES)}")
-    else:
-        _, data = load_data(config)
-        learnt = predictor.names, predictor.classification_names
-        if (data.names, data.classification_names) != learnt:
-            raise UserError(f"--data {config.data}: not the classes that {args.checkpoint} learnt")
-        files, metrics = data.paths, evaluate(predictor.network, data, config, IOU_THRESHOLDS)
-    items = [(str(file), partial(read_image, file)) for file in files] or [
-        (f"val-{i}", partial(Image.fromarray, pixels)) for i, pixels in enumerate(data.pixels)]
+    predictor.config = override(predictor.config, args.set, data=args.data)
+    items, metrics = predict_items(args, predictor)
     results = {"schema": "jointgrad/1", "mode": "predict", "metrics": metrics, "images": []}
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("[0-9]*.png"):
+        old.unlink()
     for k, (name, read) in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
-        image = read()
-        found = predictor(image, config.predict_conf)
+        try:
+            image = read()
+        except UserError as error:
+            if len(items) == 1:
+                raise
+            print(f"warning: {error}; skipped", file=sys.stderr)
+            continue
+        found = predictor(image, predictor.config.predict_conf)
         picture = f"{k:05d}.png"  # never a name from a file
         annotate(image, found, predictor.names).save(out / picture)
         results["images"].append({"image": name, "picture": picture} | found)
     write_json(out / "predictions.json", results)
     if metrics:
         print(markdown(["metric", "value"], [[m, metrics[m]] for m in METRICS]))
-    print(f"{len(items)} picture(s) and predictions.json written to {out}/")
+    print(f"{len(results['images'])} picture(s) and predictions.json written to {out}/")
 
 def export(config: Config, folder: Path) -> None:
     """The synthetic set as files in the joint format, for any other trainer."""
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(f"--export {folder}: exists and is not an empty folder; give a new one")
+    take_folder(folder, "\0", "--export")  # no file has that name: only an empty folder will do
     splits = load_data(replace(config, data="synthetic"))
     for split, data in zip(("train", "val"), splits):
         for i, (pixels, boxes, label) in enumerate(zip(data.pixels, data.boxes, data.labels)):
@@ -2277,7 +2341,9 @@ def export(config: Config, folder: Path) -> None:
 
 def report_data(config: Config) -> None:
     """Counts of a data set by split and class, its canvas and anchors; faults end it before."""
-    splits = load_data(replace(config, cache_mb=0))  # counts need no pixels
+    splits = load_data(replace(config, cache_mb=0))
+    files = tqdm([file for split in splits for file in split.paths], unit="image", disable=None)
+    raise_all(collect(lambda file: read_image(file).size, files)[1])  # one at a time in memory
     warn(splits)
     train = splits[0]
     labels = {name: k for k, name in enumerate(train.classification_names)} | {"none": NO_LABEL}
@@ -2298,7 +2364,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", help="synthetic, or the data.yaml of a joint YOLO set")
     add("--config", type=Path, default=ROOT / "config.yaml", help="settings laid over config.yaml")
     add("--seed", type=int, help="seed of one run")
-    add("--seeds", type=int, nargs="+", default=[*range(6)], help="compare, --sweep (0 to 5)")
+    add("--seeds", type=int, nargs="+", help="of compare and --sweep (default: 0 to 5)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--out", type=Path, help="folder of the results (default: runs/<mode>-<data>-s<seed>)")
     add("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
@@ -2311,6 +2377,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--source", help="predict: an image or a folder, in place of the data's val split")
     return parser.parse_args(argv)
 
+def output_folder(args: argparse.Namespace, config: Config, job: str) -> Path:
+    """--out, or a name below runs/; UserError if something else lies there."""
+    parts = [job, data_name(config)] + [f"s{config.seed}"] * (job in MODES)
+    if args.check or args.checkpoint:  # named after what is repeated, or looked with
+        name = (args.check or args.checkpoint).resolve().parent.name
+        parts = ["check" if args.check else job, name]
+    elif args.sweep:
+        parts = [job, args.sweep.partition("=")[0], data_name(config)]
+    out = args.out or Path("runs") / "-".join(parts)
+    signs = {"compare": "runs", "sweep": "runs", "predict": "predictions.json",
+             "reproduce": "reproduce.md", "bench": "bench.md"}
+    if job != "check" and not args.export:
+        take_folder(out, signs.get(job, "metrics.jsonl"))
+    if args.check and (out / "results.json").exists():
+        raise UserError(f"--out {out}: a finished comparison, which would be read, not repeated; "
+                        "give a new folder")
+    return out
+
 def prepare(args: argparse.Namespace) -> tuple[Config, Path]:
     """Config and output folder from the arguments; sets threads and determinism."""
     if args.resume and not (args.resume / "config.yaml").is_file():
@@ -2321,15 +2405,15 @@ def prepare(args: argparse.Namespace) -> tuple[Config, Path]:
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
-    seeds = args.seeds
+    job = "sweep" if args.sweep else "compare" if args.check else args.mode or config.mode
+    for flag, jobs in (("seeds", ("compare", "sweep")), ("checkpoint", ("predict",)),
+                       ("source", ("predict",)), ("resume", MODES)):
+        if getattr(args, flag) is not None and (job not in jobs or args.check):
+            raise UserError(f"--{flag}: not read here; it goes with --mode {' or '.join(jobs)}")
+    seeds = args.seeds = args.seeds or [*range(6)]
     if len(seeds) > 12 or len(set(seeds)) < len(seeds) or min(seeds) < 0 or args.jobs < 1:
         raise UserError("--seeds, --jobs: expected at most 12 different seeds from 0 up, 1 job")
-    name = "sweep" if args.sweep else "compare" if args.check else args.mode or config.mode
-    parts = [name, data_name(config)] + [f"s{config.seed}"] * (name in MODES)
-    out = args.resume or args.out or Path("runs") / "-".join(parts)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give a folder")
-    return config, out
+    return config, args.resume or output_folder(args, config, job)
 
 def dispatch(args: argparse.Namespace) -> int | None:
     """Does what the arguments ask for; the exit code, None for 0."""
@@ -2367,7 +2451,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; whole epochs are saved: go on with --resume DIR", file=sys.stderr)
+        print("interrupted; whole epochs are saved: a training run goes on with --resume and "
+              "its folder, a comparison with the same command", file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():

@@ -385,7 +385,7 @@ def test_row_is_box_polygon_or_class(fields, num_classes, num_labels, wanted):
     ("0 inf .5 .1 .1", "expected"), ("0.8 0.1 0.1", "one-hot"),
     ("1 1 0", "one-hot"), ("0 0 0", "one-hot"), ("3", "an index"),
     ("-1", "an index"), ("1.5", "an index"), ("0 1", "expected a box"),
-    ("0 0 1 0", "expected a box"),
+    ("0 0 1 0", "expected a box"), ("0 0 0 0 1", "one-hot of 3"), ("0 0 0 1 1", "one-hot of 3"),
 ])
 def test_bad_row_is_an_error_with_file_and_line(row, match):
     """The row's number counts blank lines, so that an editor finds it."""
@@ -2280,8 +2280,29 @@ def test_sweep_has_a_row_for_each_value_and_repeats_no_finished_run(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 0
     made = {f: f.stat().st_mtime_ns for f in tmp_path.glob("runs/*/results.json")}
     assert compare(tmp_path, *sweep) == 0
-    assert jg.main(["--check", str(tmp_path / "results.json"), "--out", str(tmp_path)]) == 0
     assert len(made) == 2 and made == {f: f.stat().st_mtime_ns for f in made}
+
+
+def test_check_repeats_the_runs_and_never_reads_them_again(tmp_path, capsys):
+    """--check on a comparison's own folder would compare it with itself."""
+    sweep = ("--mode", "fixed", "--sweep", "epochs=1", "--seeds", "3")
+    assert compare(tmp_path / "a", *sweep) == 0
+    recorded = tmp_path / "a" / "results.json"
+    failed(capsys, jg.main(["--check", str(recorded), "--out", str(tmp_path / "a")]), "new folder")
+    assert jg.main(["--check", str(recorded), "--out", str(tmp_path / "b")]) == 0
+    assert len(list(tmp_path.glob("b/runs/*/results.json"))) == 1
+
+
+def test_a_run_is_repeated_where_its_data_changed_since(tmp_path):
+    """Corrected labels and the old results beside each other would be a wrong comparison."""
+    config, folder = tiny("epochs=1", mode="fixed"), tmp_path / "cell"
+
+    def made(changed):
+        jg.run_cell(config, folder, changed)
+        return (folder / "results.json").stat().st_mtime_ns
+
+    first = made(0)
+    assert made(0) == first and made(time.time() + 60) > first
 
 
 def test_the_reports_rule_ends_at_0_and_4_and_sums_to_T_squared():
@@ -2425,9 +2446,13 @@ def test_absent_gpu_is_a_user_error(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, match", [
     (["--resume", "no/such"], "no config.yaml"), (["--mode", "predict"], "needs --checkpoint"),
-    (["--seeds", "1", "1"], "--seeds.*: expected"), (["--check", "no.json"], "no.json: expected"),
+    (["--sweep", "lr=1", "--seeds", "1", "1"], "--seeds.*: expected"), (["--check", "no.json"], "no.json: expected"),
     (["--config", "no.yaml"], "no.yaml: cannot be read"),
-    (["--mode", "dual", "--sweep", "alpha=0,1"], "--sweep alpha: only --mode gradnorm"),
+    (["--mode", "dual", "--sweep", "alpha=0,1"], "--sweep alpha: .*read by: gradnorm"),
+    (["--mode", "equal", "--sweep", "initial_weights=[1,1]"], "read by: gradnorm, fixed"),
+    (["--sweep", "seed=0,1"], "--sweep seed: changes nothing"),
+    (["--seeds", "1"], "--seeds: not read here"), (["--source", "x"], "--source: not read here"),
+    (["--checkpoint", "x.pt"], "--checkpoint: not read here"),
     (["--sweep", "alpha=[0"], "expected key=v1,v2"), (["--sweep", "alpha="], "expected key=v1,v2"),
     (["--set", r'data="a\0b"'], "config key data: found 'a")])
 def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, arguments, match):
@@ -2483,7 +2508,7 @@ def test_exported_set_in_an_oddly_named_folder_is_trained_by_a_child(exported, t
     folder = tmp_path / "$_$ 𠮷"
     shutil.copytree(exported.parent, folder)
     config = tiny("epochs=1", mode="fixed", data=str(folder / exported.name))
-    result = jg.run_cell(config, tmp_path / "cell")
+    result = jg.run_cell(config, tmp_path / "cell", 0)
     assert result["data"] == config.data and result["steps"] == 4
 
 
@@ -2511,7 +2536,7 @@ def test_predict_writes_a_picture_for_every_odd_name(runs, tmp_path, capsys):
 def test_predict_on_a_bad_source_is_one_line(runs, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "bad.png").write_bytes(b"x")
-    for source, match in (("in", "no image"), ("none.png", "not a readable image"),
+    for source, match in (("in", "no image"), ("none.png", "no image here"),
                           ("bad.png", "not a readable image")):
         capsys.readouterr()
         code = jg.main(["--mode", "predict", "--checkpoint", str(runs["fixed"] / "best.pt"),
@@ -2527,3 +2552,71 @@ def test_predict_on_the_val_split_repeats_the_runs_metrics(runs, tmp_path):
     results = json.loads((tmp_path / "predictions.json").read_text())
     assert code == 0 and len(results["images"]) == 16
     assert results["metrics"] == outcome(runs["gradnorm"])[1]["val"]
+
+
+@pytest.mark.parametrize("job", [[], ["--mode", "predict", "--checkpoint", "best.pt"],
+                                 ["--mode", "compare"], ["--mode", "bench"],
+                                 ["--mode", "reproduce"]], ids=lambda job: " ".join(job[1:2]))
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys, job):
+    """--out . in a checkout would replace config.yaml; --out of photos, the photos."""
+    for name in ("config.yaml", "00000.png", "best.pt"):
+        (tmp_path / name).write_text("mine")
+    code = jg.main([*job, "--out", str(tmp_path)])
+    failed(capsys, code, "not empty, and no earlier result")
+    assert code == 2 and [f.read_text() for f in tmp_path.iterdir()] == ["mine"] * 3
+
+
+def test_predict_again_keeps_no_old_picture_reads_set_and_skips_a_bad_image(runs, tmp_path, capsys):
+    """predict_conf of the command line counts, not that of the run; a bad file costs itself only."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        picture((50, 30)).save(tmp_path / f"in/{name}.png")
+    shown = []
+    for conf in (0, 1):
+        assert jg.main(["--mode", "predict", "--checkpoint", str(runs["fixed"] / "best.pt"),
+                        "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"),
+                        "--set", f"predict_conf={conf}"]) == 0
+        images = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
+        shown.append([len(image["boxes"]) for image in images])
+        (tmp_path / "in/a.png").write_bytes(b"x")
+    assert min(shown[0]) > 0 and len(shown[0]) == 2 and shown[1] == [0]
+    assert re.search("warning: .*a.png: not a readable image.*skipped", capsys.readouterr().err)
+    assert [f.name for f in (tmp_path / "out").glob("*.png")] == ["00001.png"]
+
+
+def test_predictor_reads_an_opened_image_as_it_reads_the_file(runs, tmp_path):
+    """16-bit grey and EXIF rotation too."""
+    levels = np.random.default_rng(0).integers(0, 65536, (40, 60)).astype(np.uint16)
+    image = Image.fromarray(levels)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.png", exif=exif)
+    predictor = jg.Predictor(runs["gradnorm"] / "best.pt")
+    with Image.open(tmp_path / "x.png") as opened:
+        assert predictor(opened) == predictor(tmp_path / "x.png")
+
+
+def test_mode_check_names_every_cut_image(tmp_path, capsys):
+    """Their headers are sound: only reading the pixels tells."""
+    path = make_set(tmp_path, two())
+    for name in "ab":
+        file = tmp_path / f"images/train/{name}.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(file)
+        file.write_bytes(file.read_bytes()[:2000])
+    assert jg.main(["--mode", "check", "--data", str(path)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [re.search("train/(.).png: not a readable image", e)[1] for e in errors] == ["a", "b"]
+    fault(path, "a.png: not a readable image(.|\n)*b.png")
+
+
+def test_val_without_labels_is_a_warning_and_the_run_still_has_a_best_pt(tmp_path, capsys):
+    path = make_set(tmp_path, two(), {"v.png": (picture(), None)})
+    assert run_main(tmp_path / "out", "epochs=1", "batch_size=2", more=["--data", str(path)]) == 0
+    err = capsys.readouterr().err
+    assert "val: no box in any" in err and "val: no image class in any" in err
+    assert (tmp_path / "out/best.pt").exists()
+
+
+def test_no_label_file_at_all_says_where_one_is_looked_for(tmp_path):
+    path = make_set(tmp_path, {name: (picture(), None) for name in ("a.png", "b.png")})
+    fault(path, "train: no label file; expected .*labels/train/a.txt")
