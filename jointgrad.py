@@ -41,7 +41,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
 import difflib
 import gc
 import io
@@ -56,7 +55,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Iterator, NamedTuple, get_type_hints
@@ -232,7 +231,7 @@ def make_config(values: Any, where: str = "config") -> Config:
 
 def override(config: Config, settings: list[str], **fields: Any) -> Config:
     """The config with `key=value` texts and those fields that are not None."""
-    values = dataclasses.asdict(config)
+    values = asdict(config)
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
@@ -528,12 +527,10 @@ def class_names(spec: dict, key: str, where: Path) -> list[str]:
     """Class names from a list or a mapping of 0, 1, … to names."""
     names = spec.get(key)
     if isinstance(names, dict):
-        if set(names) != set(range(len(names))):
-            raise UserError(f"{where}: {key}: expected the numbers 0 to {len(names) - 1}, no gap")
-        names = [names[i] for i in range(len(names))]
+        names = [names.get(i) for i in range(len(names))]  # None in a gap
     if not isinstance(names, list) or not names or not all(type(n) in (str, int) for n in names):
         raise UserError(f"{where}: {key}: expected a list of names or a mapping 0: name, 1: name, "
-                        "…; put yes, no, true and false in quotes")
+                        "… without a gap; put yes, no, true and false in quotes")
     if len(set(map(str, names))) < len(names):
         raise UserError(f"{where}: {key}: a name is given twice; rename one")
     return list(map(str, names))
@@ -1186,6 +1183,7 @@ def to_float(output: Any) -> Any:
 # 9. Metrics: network, data -> average precision, accuracy
 # --------------------------------------------------------------------------------------------------
 
+METRICS = ("mAP50", "mAP50-95", "accuracy", "balanced_accuracy")
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 
 def average_precision(truth: list[np.ndarray], found: list[np.ndarray], num_classes: int,
@@ -1240,8 +1238,7 @@ def evaluate(network: Network, data: JointSet, config: Config,
         if "cls" in outputs:
             guess += outputs["cls"].argmax(1).tolist()
     network.train(was_training)
-    metrics = dict.fromkeys(("mAP50", "mAP50-95", "accuracy", "balanced_accuracy"))
-    metrics["per_class"] = {}
+    metrics = dict.fromkeys(METRICS) | {"per_class": {}}
     if found:
         truth = [data.truth(i) for i in range(len(data))]
         ap = average_precision(truth, found, len(data.names), config.max_det, thresholds)
@@ -1438,7 +1435,7 @@ def summarise(run: Run, rows: list[dict], canvas: tuple[int, int]) -> dict[str, 
     first, final, losses = list(config.weights), run.w.tolist(), [row["loss"] for row in rows]
     return {
         "schema": "jointgrad/1", "mode": config.mode, "seed": config.seed, "data": config.data,
-        "config": dataclasses.asdict(config), "environment": environment(run.device, run.world),
+        "config": asdict(config), "environment": environment(run.device, run.world),
         "parameters": run.network.parameter_counts(),
         "flops_per_image": flops_per_image(run.network, canvas), "steps": len(rows),
         "weights": {"initial": first, "final": final,
@@ -1495,17 +1492,14 @@ class Predictor:
             found["boxes"] = [{"name": self.names[int(row[5])], "score": float(row[4]),
                                "box_xyxy": row[:4].tolist()} for row in rows if row[4] >= least]
         if "cls" in outputs:
-            probs = outputs["cls"][0].softmax(0).tolist()
-            found["classification"] = {
-                "name": self.classification_names[int(np.argmax(probs))],
-                "probs": dict(zip(self.classification_names, probs))}
+            probs = dict(zip(self.classification_names, outputs["cls"][0].softmax(0).tolist()))
+            found["classification"] = {"name": max(probs, key=probs.get), "probs": probs}
         return found
 
 # --------------------------------------------------------------------------------------------------
 # 11. Experiments: many runs -> statistics, verdicts, times
 # --------------------------------------------------------------------------------------------------
 
-METRICS = ("mAP50", "mAP50-95", "accuracy", "balanced_accuracy")
 SINGLE = {"mAP50-95": "detect", "balanced_accuracy": "classify"}  # metric: single-task reference
 
 def t_quantile(df: int) -> float:
@@ -1533,7 +1527,7 @@ def run_cell(config: Config, folder: Path, changed: float) -> dict[str, Any]:
 
     But from the start if data or code have changed (`changed`: when) since it began.
     """
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples, as in the file
+    wanted = json.loads(json.dumps(asdict(config)))  # lists for tuples, as in the file
     done, started = folder / "results.json", folder / "config.yaml"
     fresh = started.exists() and started.stat().st_mtime > changed and read_yaml(started) == wanted
     if not (fresh and done.exists() and json.loads(done.read_text())["config"] == wanted):
@@ -1796,7 +1790,7 @@ def bench(config: Config, device: torch.device, rounds: int = 100) -> dict[str, 
                 "key": key, "value": value, "step_ms": got["step_ms"]["gradnorm"]["median"],
                 "images_per_s": got["images_per_s"]["gradnorm"],
                 "gradnorm/fixed": got["ratios"]["gradnorm/fixed"]["median"]})
-    return result | {"schema": "jointgrad/1", "mode": "bench", "config": dataclasses.asdict(config),
+    return result | {"schema": "jointgrad/1", "mode": "bench", "config": asdict(config),
                      "environment": environment(device), "peak_rss_mb": peak_rss_mb()}
 
 # --------------------------------------------------------------------------------------------------
@@ -1914,14 +1908,13 @@ def draw_curves(axes: Any, rows: list[dict]) -> None:
         ax.plot(steps, smooth, color=COLOURS[task], label=TASK_NAMES[task])
 
     for task in tasks:
-        L = [row[f"L/{task}"] for row in rows]
-        axes[0].plot(steps, [row[f"w/{task}"] for row in rows], color=COLOURS[task],
-                     label=TASK_NAMES[task])
+        w, L, G = ([row.get(f"{key}/{task}") for row in rows] for key in "wLG")
+        axes[0].plot(steps, w, color=COLOURS[task], label=TASK_NAMES[task])
         axes[1].plot(steps, L, color=COLOURS[task], alpha=0.2)
         line(axes[1], task, L)
         if "cosine" in rows[0]:
-            line(axes[2], task, [row[f"G/{task}"] / max(sum(row[f"G/{u}"] for u in tasks), 1e-30)
-                                 for row in rows])
+            total = [max(sum(row[f"G/{u}"] for u in tasks), 1e-30) for row in rows]
+            line(axes[2], task, np.divide(G, total))
     if "cosine" not in rows[0]:
         axes[2].text(0.1, 0.5, "no trunk is shared in this mode")
     curve = [(row["step"] + 1, row["val"]) for row in rows if "val" in row]
@@ -2125,7 +2118,7 @@ def take_folder(out: Path, sign: str, option: str = "--out") -> None:
 
 def start_files(run: Run, out: Path, resume: bool) -> list[dict]:
     """Makes the folder fit for `run`; returns the rows of its log that belong to saved epochs."""
-    log, settings, rows = out / "metrics.jsonl", clean(dataclasses.asdict(run.config)), []
+    log, settings, rows = out / "metrics.jsonl", clean(asdict(run.config)), []
     if resume and (out / "last.pt").exists():
         state, free = load_checkpoint(out / "last.pt"), ("device", "threads", "workers", "cache_mb")
         try:
@@ -2155,7 +2148,7 @@ def save_epoch(run: Run, rows: list[dict], train_set: JointSet, out: Path) -> No
     scores = [val[key] for key in ("mAP50", "balanced_accuracy") if val.get(key) is not None]
     score = float(np.mean(scores)) if scores else run.best  # without one: the last epoch's
     better, run.best = not scores and "val" in rows[-1] or score > run.best, max(score, run.best)
-    settings = clean(dataclasses.asdict(run.config))
+    settings = clean(asdict(run.config))
     state = {"format": "jointgrad/1", "config": settings, "names": train_set.names,
              "classification_names": train_set.classification_names, "run": run.state_dict()}
     for name in ["best.pt"] * better + ["last.pt"]:  # last.pt last: it says where to resume
@@ -2213,7 +2206,7 @@ def sweep_cells(config: Config, spec: str, modes: tuple[str, ...]) -> dict[str, 
     if not set(users) & set(modes):
         raise UserError(f"--sweep {key}: changes nothing here; it is read by: {', '.join(users)}")
     return {f"{mode} {key}={str(value).replace(' ', '')}": make_config(
-        dataclasses.asdict(config) | {key: value, "mode": mode}, "--sweep")
+        asdict(config) | {key: value, "mode": mode}, "--sweep")
         for value in values for mode in modes}
 
 def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: str = "",
@@ -2231,7 +2224,7 @@ def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: st
     known = table if spec else table | smoke_quantities(range(10), ("report",))[0]
     return publish({
         "mode": "sweep" if spec else "compare", "sweep": spec, "seeds": seeds,
-        "config": dataclasses.asdict(config), "paired": paired(table),
+        "config": asdict(config), "paired": paired(table),
         "modes": {mode: {key: interval(v) for key, v in q.items()} for mode, q in table.items()},
         "claims": judge(read_yaml(ROOT / "data" / "reported.yaml")["claims"], known),
         "environment": environment(pick_device(config.device))}, report_compare, draw_compare, out)

@@ -1858,7 +1858,7 @@ def interrupt(out: Path, config: jg.Config, epochs: int) -> jg.Run:
     """The folder of a run that ended after some epochs."""
     data = jg.load_data(config)
     run = jg.Run(config, data[0], torch.device("cpu"))
-    jg.write_atomic(out / "config.yaml", yaml.safe_dump(jg.clean(jg.dataclasses.asdict(config))))
+    jg.write_atomic(out / "config.yaml", yaml.safe_dump(jg.clean(jg.asdict(config))))
     for _, rows in zip(range(epochs), jg.train(run, *data)):
         jg.save_epoch(run, jg.clean(rows), data[0], out)
     return run
