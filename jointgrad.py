@@ -737,12 +737,10 @@ def prediction_grid(raw: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor,
     """Cell (A, 2) as x, y, anchor (A, 2) px, stride (A, 1) px of each row of `flatten_levels`."""
     cells, sizes, strides = [], [], []
     for level, level_anchors, stride in zip(raw, anchors, STRIDES):
-        (h, w), device = level.shape[2:], level.device
-        y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device),
-                              indexing="ij")
-        cells.append(torch.stack([x, y], -1)[:, :, None].expand(h, w, 3, 2).reshape(-1, 2))
-        sizes.append(level_anchors.expand(h, w, 3, 2).reshape(-1, 2))  # (3 h w, 2) px
-        strides.append(torch.full((h * w * 3, 1), stride, device=device))  # (3 h w, 1) px
+        y, x, anchor = torch.ones(*level.shape[2:], 3, device=level.device).nonzero(as_tuple=True)
+        cells.append(torch.stack([x, y], 1))  # (3 h w, 2)
+        sizes.append(level_anchors[anchor])  # (3 h w, 2) px
+        strides.append(torch.full_like(x, stride)[:, None])  # (3 h w, 1) px
     return torch.cat(cells), torch.cat(sizes), torch.cat(strides)
 
 def decode(logits: Tensor, cell: Tensor, anchor: Tensor, stride: Tensor | int) -> Tensor:
@@ -1985,9 +1983,8 @@ def draw_smoke(runs: dict[str, list], _: dict[str, Any], path: Path) -> None:
               "gradnorm": "GradNorm: w sums to 2,\nboth tasks keep a weight"}
     for ax, (rule, title) in zip(axes[0], titles.items()):
         for k, task in enumerate(COLOURS):
-            for i, run in enumerate(runs[rule]):
-                ax.plot(run["w"][:, k], color=COLOURS[task], alpha=0.5,
-                        label=f"w, {TASK_NAMES[task]}" if i == 0 else None)
+            w = np.stack([run["w"][:, k] for run in runs[rule]], 1)  # (steps, seeds)
+            ax.plot(w, color=COLOURS[task], alpha=0.5)[0].set_label(f"w, {TASK_NAMES[task]}")
         label_axis(ax, title, "step", (-0.1, 4.1))
         axes[0, 2].plot(np.mean([run["loss"] for run in runs[rule]], 0), label=rule)
     label_axis(axes[0, 2], "Total loss, mean over seeds:\nit follows sum(w)", "step")
