@@ -603,11 +603,11 @@ def load_joint(path: Path, config: Config) -> tuple[JointSet, JointSet]:
         if not any(label_path(file).exists() for file in train.paths):
             errors.append(f"{path}: train: no label file; expected {label_path(train.paths[0])}")
         elif "cls" in config.tasks and not train.classification_names:
-            errors.append(f"{path}: no classification_names: add them, or use --mode detect")
+            errors.append(f"{path}: no classification_names: add them, or --set mode=detect")
         elif "cls" in config.tasks and set(train.labels) <= {NO_LABEL}:
             errors.append(f"{path}: train: no image class in any label file; add one a file")
         if "det" in config.tasks and not any(map(len, train.boxes)):
-            errors.append(f"{path}: train: no box in any label file; use --mode classify")
+            errors.append(f"{path}: train: no box in any label file; --set mode=classify")
         if len(train) < 2:
             errors.append(f"{path}: train: expected two images at least (BatchNorm needs a batch)")
     raise_all(errors)
@@ -1379,6 +1379,8 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
 def train(run: Run, train_set: JointSet, val_set: JointSet) -> Iterator[list[dict[str, Any]]]:
     """Trains to the last epoch; yields each epoch's rows, the last with metrics if one was due."""
     config, steps = run.config, len(batches(train_set, run.config, 0, run.world, run.rank))
+    if not steps:
+        raise UserError("train: fewer than two images a process; add images or use fewer")
     with tqdm(total=config.epochs * steps, initial=run.epoch * steps, unit="step", leave=False,
               desc=config.mode, disable=run.rank > 0 or None) as bar:
         while run.epoch < config.epochs:

@@ -2103,6 +2103,14 @@ def test_two_processes_train_one_run(tmp_path):
     assert images == pytest.approx(3 * 32)  # 3 epochs, of both ranks
 
 
+def test_training_set_that_leaves_a_rank_without_a_batch_is_a_user_error():
+    config = tiny("train_images=2")
+    run = jg.Run(config, (data := jg.load_data(config))[0], torch.device("cpu"))
+    run.world = 2  # one image each
+    with pytest.raises(jg.UserError, match="fewer than two images a process"):
+        next(jg.train(run, *data))
+
+
 def test_weight_decay_falls_on_kernels_alone():
     """Biases and BatchNorm are (c,), kernels (c_out, c_in, k, k) and (c_out, c_in)."""
     run = jg.Run(make("mode=dual", "weight_decay=0.25"), jg.load_data(make())[0],
@@ -2487,6 +2495,16 @@ def test_cut_image_found_only_while_training_is_one_line(tmp_path, capsys, worke
                     more=["--data", str(path)])
     failed(capsys, code, "b.png: not a readable image")
     assert code == 2
+
+
+def test_check_of_a_set_without_image_classes_tells_how(tmp_path, capsys):
+    """--mode check leaves no room for another --mode."""
+    item = picture(), BOX + "\n"
+    path = make_set(tmp_path, {"a.png": item, "b.png": item}, {"v.png": item},
+                    classification_names=...)
+    command = ["--mode", "check", "--data", str(path)]
+    failed(capsys, jg.main(command), "no classification_names: .*--set mode=detect")
+    assert jg.main([*command, "--set", "mode=detect"]) == 0
 
 
 def test_check_prints_counts(exported, capsys):
