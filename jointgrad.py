@@ -1057,7 +1057,7 @@ class ClassificationLoss:
 
 def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[str, Any]:
     """The loss of each task; class_balance weighs class k by N / (C n_k), mean 1 if all occur."""
-    losses, device = {}, network.parts[0].trunk.W.device
+    losses = {}
     if "det" in config.tasks:
         anchors = network.parts[0].heads["det"].anchors
         losses["det"] = DetectionLoss(anchors, len(train_set.names), config)
@@ -1065,8 +1065,7 @@ def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[s
         labels = [k for k in train_set.labels if k != NO_LABEL]
         counts = np.bincount(labels, minlength=len(train_set.classification_names)).clip(1)
         weights = len(labels) / (len(counts) * counts) if config.class_balance else counts**0.0
-        weights = torch.tensor(weights, dtype=torch.float32, device=device)
-        losses["cls"] = ClassificationLoss(weights)
+        losses["cls"] = ClassificationLoss(network.parts[0].trunk.W.new_tensor(weights))
     return losses
 
 # --------------------------------------------------------------------------------------------------
@@ -1231,8 +1230,7 @@ def evaluate(network: Network, data: JointSet, config: Config,
     for batch in batches(data, config, None):  # in order, so that guess i belongs to image i
         outputs = network(to_device(batch, device).images)
         if "det" in outputs:
-            anchors = network.parts[0].heads["det"].anchors
-            found += find_boxes(outputs["det"], anchors, config)
+            found += find_boxes(outputs["det"], network.parts[0].heads["det"].anchors, config)
         if "cls" in outputs:
             guess += outputs["cls"].argmax(1).tolist()
     network.train(was_training)
@@ -1576,7 +1574,7 @@ def quantities(results: dict[tuple, dict], labels: list[str], seeds: list[int]) 
             row["gradient_share_det"] = [x["gradient_share"]["det"] for x in seen]
         table[label] = row
     joint = [m for m in labels if all(key in table[m] for key in SINGLE)]
-    alone = np.array([table[m][key] for key, m in SINGLE.items() if m in labels])  # (2, seeds)
+    alone = np.array([table[m][key] for key, m in SINGLE.items() if key in table.get(m, {})])
     if joint and len(alone) == 2 and alone.all():  # a score of 0 has no percentage
         scores = np.array([[table[m][key] for key in SINGLE] for m in joint])  # (modes, 2, seeds)
         ranks = 1 + (scores[None] > scores[:, None]).sum(1)  # (modes, 2, seeds), 1 = best

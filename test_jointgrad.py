@@ -2241,6 +2241,8 @@ def test_delta_m_is_positive_where_a_mode_beats_the_single_tasks():
     assert "delta_m" not in table["detect"] and "accuracy" not in table["detect"]
     results["detect", 0] = result(0, None)  # as after an epoch: no percentage of nothing
     assert "delta_m" not in jg.quantities(results, list(table), [0])["fixed"]
+    boxless = {key: result(None, 0.5) for key in results}  # a val split without boxes
+    assert "delta_m" not in jg.quantities(boxless, list(table), [0])["fixed"]
 
 
 def test_paired_differences_are_mode_less_versus():
