@@ -136,7 +136,7 @@ class Config:
     eval_interval: In[int, 1, 10**6]
     conf_thres: In[float, 0, 1]
     iou_thres: In[float, 0, 1]
-    max_det: In[int, 1, 1000]
+    max_det: In[int, 1, 512]
     predict_conf: In[float, 0, 1]
 
     @property

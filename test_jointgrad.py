@@ -100,6 +100,7 @@ def test_exponent_without_a_dot_is_a_number(tmp_path):
     ("betas: [0.9]", "betas"), ("betas: [0.9, 1.0]", "betas"), ("betas: 0.9", "betas"),
     ("betas: [0.9, yes]", "betas"), ("anchors: [[1, 2]]", "anchors"), ("anchors: other", "anchors"),
     ("mode: Gradnorm", "mode"), ("seed: -1", "seed"), ("data: 3", "data"), ("amp: fp16", "amp"),
+    ("max_det: 513", "max_det"),
     ("anchors: [[[1, 2], [1, 2], [1, 2]], [[1, 2], [1, 2], [1, 2]], [[1, 2], [1, 2], [1, 0]]]",
      "anchors"),
     ("anchors: [[[1, 2], [1, 2], [1, 2]], [[1, 2], [1, 2], [1, 2]], [[1, 2], [1, 2], [1, .inf]]]",
