@@ -388,7 +388,7 @@ def parse_row(fields: list[float], num_classes: int, num_labels: int) -> int | l
         return fields.index(1)
     if len(fields) == 1 and fields[0] in range(num_labels):
         return int(fields[0])
-    hot = num_labels and set(fields) == {0, 1} and len(fields) == 5  # no box: its centre is a corner
+    hot = num_labels and len(fields) == 5 and set(fields) == {0, 1}  # no box has a corner as centre
     if hot or len(fields) < 5 or len(fields) % 2 == 0:
         label = (f"an image class (one-hot of {num_labels} or an index)" if num_labels else
                  "name the image classes as classification_names in data.yaml")
@@ -1183,28 +1183,37 @@ def to_float(output: Any) -> Any:
 METRICS = ("mAP50", "mAP50-95", "accuracy", "balanced_accuracy")
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 
+def coco_set(rows: np.ndarray, num_images: int, num_classes: int) -> Any:
+    """pycocotools' COCO of rows (n, 7): image, x, y, w, h px, score, class."""
+    from pycocotools.coco import COCO
+    coco, (image, label) = COCO(), rows[:, [0, 6]].astype(int).T.tolist()
+    coco.dataset = {  # as by loadRes, in half the time; no id is 0, which means "no match"
+        "images": [{"id": i} for i in range(num_images)],
+        "categories": [{"id": c} for c in range(num_classes)],
+        "annotations": [{"id": k, "image_id": i, "category_id": c, "score": s, "bbox": xywh,
+                         "area": xywh[2] * xywh[3], "iscrowd": 0}
+                        for k, i, c, s, xywh in zip(itertools.count(1), image, label, rows[:, 5].tolist(),
+                                                    rows[:, 1:5].tolist())]}
+    coco.createIndex()
+    return coco
+
 def average_precision(truth: list[np.ndarray], found: list[np.ndarray], num_classes: int,
                       max_det: int, thresholds: np.ndarray) -> np.ndarray:
     """COCO average precision (thresholds, classes); NaN for a class without boxes.
 
     For each image, truth: (n, 5) class, x1 y1 x2 y2 px; found: (n, 6) x1 y1 x2 y2, score, class.
     """
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
     objects = [np.column_stack([np.full(len(t), i), t[:, 1:3], t[:, 3:] - t[:, 1:3],  # x y w h
                                 np.ones(len(t)), t[:, 0]]) for i, t in enumerate(truth)]
     rows = [np.column_stack([np.full(len(d), i), d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4:]])
             for i, d in enumerate(found)]
-    objects, rows = np.concatenate(objects), np.concatenate(rows)  # (n, 7), as loadRes wants them
+    objects, rows = np.concatenate(objects), np.concatenate(rows)  # (n, 7), see coco_set
     if not len(rows) or not len(objects):
         have = np.isin(np.arange(num_classes), objects[:, 6])
         return np.where(have, 0.0, np.nan)[None].repeat(len(thresholds), 0)
-    coco = COCO()
-    coco.dataset = {"images": [{"id": i} for i in range(len(truth))], "annotations": [],
-                    "categories": [{"id": c} for c in range(num_classes)]}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        coco.createIndex()
-        run = COCOeval(coco.loadRes(objects), coco.loadRes(rows), "bbox")
+        run = COCOeval(*(coco_set(x, len(truth), num_classes) for x in (objects, rows)), "bbox")
         run.params.iouThrs, run.params.areaRng = thresholds, [[0, 1e10]]  # px^2: any size
         run.params.areaRngLbl = ["all"]
         run.params.maxDets = [max_det]  # Departs from COCO (100): because YOLOv5 counts 300.
