@@ -1190,10 +1190,9 @@ def coco_set(rows: np.ndarray, num_images: int, num_classes: int) -> Any:
     coco.dataset = {  # as by loadRes, in half the time; no id is 0, which means "no match"
         "images": [{"id": i} for i in range(num_images)],
         "categories": [{"id": c} for c in range(num_classes)],
-        "annotations": [{"id": k, "image_id": i, "category_id": c, "score": s, "bbox": xywh,
-                         "area": xywh[2] * xywh[3], "iscrowd": 0}
-                        for k, i, c, s, xywh in zip(itertools.count(1), image, label, rows[:, 5].tolist(),
-                                                    rows[:, 1:5].tolist())]}
+        "annotations": [{"id": k, "image_id": i, "category_id": c, "bbox": xywh, "score": score,
+                         "area": xywh[2] * xywh[3], "iscrowd": 0} for k, i, c, (*xywh, score)
+                        in zip(itertools.count(1), image, label, rows[:, 1:6].tolist())]}
     coco.createIndex()
     return coco
 
@@ -1889,7 +1888,7 @@ def annotate(image: Image.Image, found: dict[str, Any], names: list[str]) -> Ima
     zoom = max(1, round(320 / max(image.size)))
     sheet = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     import matplotlib  # for a font that has more than ASCII
-    size = max(12, max(sheet.size) // 50)
+    size = max(14, max(sheet.size) // 50)
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
     draw = ImageDraw.Draw(sheet)
     palette = ("#ff5c5c", "#5cb3ff", "#7dff5c", "#ffd75c", "#e05cff", "#5cffe4")
@@ -1930,8 +1929,9 @@ def draw_curves(axes: Any, rows: list[dict]) -> None:
             axes[3].plot(*zip(*[(s, v[metric]) for s, v in curve]), "o-", color=COLOURS[task],
                          label=f"{metric} {curve[-1][1][metric]:.3f}")
     label_axis(axes[0], "Task weights w", "step")
-    label_axis(axes[1], "Training losses L (unweighted)", "step")
-    label_axis(axes[2], "Share of the gradient at W, w n", "step", (0, 1))
+    label_axis(axes[1], "Training losses L, unweighted\n(mean of 11 steps)", "step")
+    label_axis(axes[2], "Share of w n, the norm of a weighted\ngradient at W (mean of 11 steps)",
+               "step", (0, 1))
     label_axis(axes[3], "Validation", "step", (0, 1.02))
 
 def draw_run(rows: list[dict], title: str, data: JointSet, predictor: Predictor,
@@ -1958,12 +1958,13 @@ def draw_compare(results: dict[str, Any], path: Path) -> None:
     """A panel for each metric: seeds as dots, mean and 95 % interval of each mode and value."""
     shown = {"mAP50": "Detection: mAP50", "mAP50-95": "Detection: mAP50-95",
              "balanced_accuracy": "Classification: balanced accuracy",
-             "delta_m": "Change against single task, %\n(mean of both tasks, up is better)",
-             "step_cpu_ms": "CPU time of a step, ms"}
-    have = [m for m in shown if any(m in q for q in results["modes"].values())]
+             "delta_m": "Change against single task, %\n(mean of both tasks, up is better)"}
     key = results["sweep"].partition("=")[0]
-    fig, axes = panels(1, len(have), (3 * len(have), 3.4))
-    for ax, metric in zip(axes[0], have):
+    shown |= {} if key else {"step_cpu_ms": "CPU time of a step, ms"}
+    have = [m for m in shown if any(m in q for q in results["modes"].values())]
+    columns = len(have) // 2 + 1  # two rows; the last panel holds the legend
+    fig, axes = panels(2, columns, (3.2 * columns, 6.2))
+    for ax, metric in zip(axes.flat, have):
         lines = {}  # mode -> {value, or the mode itself where no key is swept: quantity}
         for label, q in results["modes"].items():
             mode, _, setting = label.partition(" ")
@@ -1971,18 +1972,24 @@ def draw_compare(results: dict[str, Any], path: Path) -> None:
                 lines.setdefault(mode, {})[setting.partition("=")[2] or mode] = q[metric]
         ticks = list(dict.fromkeys(tick for line in lines.values() for tick in line))
         for mode, line in lines.items():
-            aside = 0.08 * (MODES.index(mode) - 2.5) * bool(key)  # intervals side by side
+            aside = 0.08 * (MODES.index(mode) - 2.5) * bool(key and len(lines) > 1)  # side by side
             x = [ticks.index(tick) + aside for tick in line]
             mean = np.array([q["mean"] for q in line.values()])
             ends = np.array([q["ci95"] or [q["mean"]] * 2 for q in line.values()])
             ax.errorbar(x, mean, np.abs(ends.T - mean), capsize=3, marker="o", label=mode,
                         color=f"C{MODES.index(mode)}")
-            ax.plot(x, [q["per_seed"] for q in line.values()], ".", color="0.6", ms=4)
-        ax.set_xticks(range(len(ticks)), ticks, rotation=40)
+            ax.plot(x, [q["per_seed"] for q in line.values()], ".", color="0.6", ms=4, zorder=3)
+        if metric in METRICS:  # an interval may pass 0 or 1, a score cannot
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, -0.01), min(high, 1.01))
+        ax.set_xticks(range(len(ticks)), ticks, rotation=40, ha="right")
         ax.set_title(shown[metric], fontsize=9)
         ax.set_xlabel(key)
-    if key:
-        axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    for ax in axes.flat[len(have):]:
+        ax.axis("off")
+    lines = {x: h for ax in axes.flat for h, x in zip(*ax.get_legend_handles_labels())}
+    axes.flat[-1].legend(lines.values(), lines.keys(), loc="center", title=(
+        f"grey dots: {len(results['seeds'])} seeds\nbars: mean, 95 % t interval"))
     save_figure(fig, path)
 
 def draw_smoke(runs: dict[str, list], _: dict[str, Any], path: Path) -> None:
@@ -1996,23 +2003,23 @@ def draw_smoke(runs: dict[str, list], _: dict[str, Any], path: Path) -> None:
             ax.plot(w, color=COLOURS[task], alpha=0.5)[0].set_label(f"w, {TASK_NAMES[task]}")
         label_axis(ax, title, "step", (-0.1, 4.1))
         axes[0, 2].plot(np.mean([run["loss"] for run in runs[rule]], 0), label=rule)
-    label_axis(axes[0, 2], "Total loss, mean over seeds:\nit follows sum(w)", "step")
+    label_axis(axes[0, 2], "Total loss, mean over seeds\n(it follows sum(w): no measure)", "step")
     save_figure(fig, path)
 
 def draw_bench(results: dict[str, Any], path: Path) -> None:
     """Ratios of step times at two sizes; throughput over tasks, image size and batch."""
     fig, axes = panels(1, 4, (14, 3.2))
-    for k, (label, part) in enumerate((("default size", results),
-                                       ("width 0.25, 128 px", results["width_0.25_128px"]))):
+    for k, part in enumerate((results, results["width_0.25_128px"])):
         x = np.arange(len(part["ratios"])) + 0.4 * k
-        axes[0, 0].bar(x, [q["median"] for q in part["ratios"].values()], 0.38, label=label)
+        axes[0, 0].bar(x, [q["median"] for q in part["ratios"].values()], 0.38)
         axes[0, 0].set_xticks(x - 0.2, part["ratios"], rotation=40, ha="right")
     axes[0, 0].axhline(1, color="0.3", lw=0.8)
-    label_axis(axes[0, 0], "Ratio of step times, median")
+    label_axis(axes[0, 0], "Ratio of step times, median\n(orange: at width 0.25 and 128 px)")
     for ax, key in zip(axes[0, 1:], ("tasks", "imgsz", "batch_size")):
         rows = [row for row in results["growth"] if row["key"] == key]
-        ax.plot([str(row["value"]) for row in rows], [row["images_per_s"] for row in rows], "o-")
-        label_axis(ax, "gradnorm: images/s", key, (0, None))
+        ax.plot([str(row["value"]) for row in rows], [row["images_per_s"] for row in rows], "o-",
+                clip_on=False)
+        label_axis(ax, "gradnorm: images/s", "imgsz, px" if key == "imgsz" else key, (0, None))
     save_figure(fig, path)
 
 def report_run(results: dict[str, Any]) -> str:
