@@ -2451,7 +2451,8 @@ def main(argv: list[str] | None = None) -> int:
             torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL on CUDA
         return dispatch(args) or 0
     except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        text = str(error).rpartition("UserError: ")[2]  # a worker of the data wraps it in its own
+        print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
         return 2
     except (NonFinite, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2491,12 +2491,13 @@ def test_faults_of_a_set_are_lines_of_their_own(tmp_path, capsys):
 def test_cut_image_found_only_while_training_is_one_line(tmp_path, capsys, workers):
     """The header is sound, so the check passes; the pixels are read in a step, or in a worker."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    path = make_set(tmp_path / "set", two(Image.fromarray(noise)))
-    file = tmp_path / "set/images/train/b.png"
-    file.write_bytes(file.read_bytes()[:2000])
+    path = make_set(tmp_path / "set", two(Image.fromarray(noise), name="b.jpg"))
+    file = tmp_path / "set/images/train/b.jpg"
+    file.write_bytes(file.read_bytes()[:1200])
+    jg.image_size(file)
     code = run_main(tmp_path / "out", "cache_mb=0", f"workers={workers}",
                     more=["--data", str(path)])
-    failed(capsys, code, "b.png: not a readable image")
+    failed(capsys, code, "b.jpg: not a readable image")
     assert code == 2
 
 
@@ -2617,17 +2618,20 @@ def test_predictor_reads_an_opened_image_as_it_reads_the_file(runs, tmp_path):
         assert predictor(opened) == predictor(tmp_path / "x.png")
 
 
-def test_mode_check_names_every_cut_image(tmp_path, capsys):
+@pytest.mark.parametrize("cache_mb", [0, 2048])
+def test_every_cut_image_is_named_by_mode_check_and_where_images_are_cached(tmp_path, capsys,
+                                                                            cache_mb):
     """Their headers are sound: only reading the pixels tells."""
-    path = make_set(tmp_path, two())
-    for name in "ab":
-        file = tmp_path / f"images/train/{name}.png"
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(file)
-        file.write_bytes(file.read_bytes()[:2000])
-    assert jg.main(["--mode", "check", "--data", str(path)]) == 2
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    path = make_set(tmp_path, {name: (noise, BOX + "\n0 1 0\n") for name in ("a.jpg", "b.jpg")})
+    for file in tmp_path.glob("images/train/*"):
+        file.write_bytes(file.read_bytes()[:1200])
+        jg.image_size(file)
+    assert jg.main(["--mode", "check", "--data", str(path), "--set", f"cache_mb={cache_mb}"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert [re.search("train/(.).png: not a readable image", e)[1] for e in errors] == ["a", "b"]
-    fault(path, "a.png: not a readable image(.|\n)*b.png")
+    assert [re.search("train/(.).jpg: not a readable image", e)[1] for e in errors] == ["a", "b"]
+    if cache_mb:
+        fault(path, "a.jpg: not a readable image(.|\\n)*b.jpg")
 
 
 def test_val_without_labels_is_a_warning_and_the_run_still_has_a_best_pt(tmp_path, capsys):
