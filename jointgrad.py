@@ -1841,6 +1841,9 @@ def write_json(path: Path, value: Any) -> None:
 def cell(x: Any) -> str:
     """A table's cell: text as it is, a number to three digits, an interval's mean and ends."""
     if isinstance(x, dict):
+        lost = sum(v is None or v != v for v in x.get("per_seed", ()))  # a goal never reached
+        if lost:
+            return f"n/a in {lost} of {len(x['per_seed'])}"
         low, high = x["ci95"] or (0, 0)
         return cell(x["mean"]) + (f" [{cell(low)}, {cell(high)}]" if low != high else "")
     if isinstance(x, (list, tuple)):

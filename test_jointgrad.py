@@ -2387,6 +2387,17 @@ def test_failed_write_leaves_the_old_file_and_no_part(tmp_path, content):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
+@pytest.mark.parametrize("value, text", [
+    (0.12345, "0.123"), (-0.0001, "0.000"), (12.345, "12.3"), (1234.5, "1,234"), (3, "3"),
+    (None, "n/a"), (math.nan, "n/a"), ((1, 0.5), "1 / 0.500"),
+    ({"mean": 0.5, "ci95": [0.4, 0.6], "per_seed": [0.4, 0.6]}, "0.500 [0.400, 0.600]"),
+    ({"mean": 2.0, "ci95": None}, "2.000"),
+    ({"mean": None, "ci95": [None, None], "per_seed": [1, None, 3]}, "n/a in 1 of 3")])
+def test_a_tables_cell(value, text):
+    """Three digits, no minus before zero, and a mean that misses a seed is none."""
+    assert jg.cell(value) == text
+
+
 def test_json_holds_no_nan(tmp_path):
     """NaN is no JSON; other languages' readers refuse it."""
     jg.write_json(tmp_path / "x.json",
