@@ -2377,8 +2377,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--out", type=Path, help="folder of the results (default: runs/<mode>-<data>-s<seed>)")
     add("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
-    add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="override keys")
-    add("--sweep", default="", metavar="KEY=V1,V2", help="run --mode (compare: all) at each value")
+    add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE",
+        help="override keys of the config")
+    add("--sweep", default="", metavar="KEY=V1,V2",
+        help="run --mode (compare: all modes) at each value of a key")
     add("--export", type=Path, metavar="DIR", help="write the synthetic set in the joint format")
     add("--check", type=Path, metavar="FILE", help="repeat a recorded comparison; 1 if it moved")
     add("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
@@ -2406,6 +2408,8 @@ def output_folder(args: argparse.Namespace, config: Config, job: str) -> Path:
 
 def prepare(args: argparse.Namespace) -> tuple[Config, Path]:
     """Config and output folder from the arguments; sets threads and determinism."""
+    if args.resume and args.out:
+        raise UserError("--out: not read here; --resume writes into the folder that it resumes")
     if args.resume and not (args.resume / "config.yaml").is_file():
         raise UserError(f"--resume {args.resume}: no config.yaml; expected a run's folder")
     config = load_config(args.resume / "config.yaml" if args.resume else args.config, args.set,

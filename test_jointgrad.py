@@ -2475,6 +2475,7 @@ def test_absent_gpu_is_a_user_error(tmp_path, capsys):
     (["--sweep", "seed=0,1"], "--sweep seed: changes nothing"),
     (["--seeds", "1"], "--seeds: not read here"), (["--source", "x"], "--source: not read here"),
     (["--checkpoint", "x.pt"], "--checkpoint: not read here"),
+    (["--resume", "set", "--out", "x"], "--out: not read here"),
     (["--sweep", "alpha=[0"], "expected key=v1,v2"), (["--sweep", "alpha="], "expected key=v1,v2"),
     (["--set", r'data="a\0b"'], "config key data: found 'a")])
 def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, arguments, match):
