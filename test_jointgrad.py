@@ -413,6 +413,13 @@ def test_zero_size_and_outside_boxes_are_mended_with_a_warning():
     assert re.search("f.txt: .*outside", warnings[1]) and len(warnings) == 2
 
 
+def test_a_fraction_rounded_beyond_1_is_no_error():
+    """Other tools write 1.000001; 1.01 is a mistake."""
+    boxes, _, errors, _ = labels_of("0 .5 .5 1.000001 .2\n0 1 0")
+    assert errors == [] and boxes[0].tolist() == [0, 0.5, 0.5, 1, np.float32(0.2)]
+    assert labels_of("0 .5 .5 1.01 .2\n0 1 0")[2]
+
+
 @pytest.mark.parametrize("size", ["1e-50", "1e-30", "1e-9"])
 def test_box_that_vanishes_in_float32_is_not_kept(size):
     """A kept box of width 0 gives infinite anchor ratios and a division by zero in the IoU."""
@@ -1388,7 +1395,7 @@ def test_one_update_by_hand():
     w = b.update(double(1, 1, 3), double(2, 1, 1))
     expected = double(0.975, 1.025, 1.025) * 3 / 3.025
     torch.testing.assert_close(w, expected, rtol=1e-7, atol=0)  # Adam's eps of 1e-8
-    assert b.w.grad.tolist() == [2, -1, -1]
+    assert b.w.grad.tolist() == [2, -1, -1] and b.r.tolist() == [0.5, 1, 1.5]
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5])
