@@ -378,6 +378,10 @@ class JointSet(torch.utils.data.Dataset):
         corners = cxcywh_to_xyxy(torch.from_numpy(self.boxes[i][:, 1:])).numpy()  # fractions
         return np.column_stack([self.boxes[i][:, 0], corners * (self.canvas[::-1] * 2)])  # W H W H
 
+    def box_sizes(self) -> np.ndarray:
+        """Width and height in px of all boxes (N, 2); canvas is H, W but sizes are w, h."""
+        return np.concatenate([boxes[:, 3:] for boxes in self.boxes]) * self.canvas[::-1]
+
 def parse_row(fields: list[float], num_classes: int, num_labels: int) -> int | list[float] | None:
     """What a label row says: an image class (int), a box [class, cx, cy, w, h], None for no size.
 
@@ -498,11 +502,13 @@ def collect(read: Any, items: list) -> tuple[list, list[str]]:
             errors.append(str(error))
     return found, errors
 
+def first_ten(lines: list[str]) -> list[str]:
+    return lines[:10] + [f"… and {len(lines) - 10} more"] * (len(lines) > 10)
+
 def raise_all(errors: list[str]) -> None:
     """One UserError with a line for each fault, up to ten; nothing where there is none."""
     if errors:
-        more = [f"… and {len(errors) - 10} more"] * (len(errors) > 10)
-        raise UserError("\n".join(errors[:10] + more))
+        raise UserError("\n".join(first_ten(errors)))
 
 def canvas_size(sizes: list[tuple[int, int]], imgsz: int) -> tuple[int, int]:
     """Least height and width, multiples of 32, that hold all images at a longest side of imgsz."""
@@ -1273,8 +1279,7 @@ class Run:
         torch.manual_seed(config.seed)  # before the network draws its weights
         anchors = np.ones((3, 3, 2)) if config.anchors == "auto" else np.array(config.anchors)
         if config.anchors == "auto" and "det" in config.tasks:
-            wh = np.concatenate([boxes[:, 3:] for boxes in train_set.boxes])  # (N, 2) fractions
-            anchors = fit_anchors(wh * train_set.canvas[::-1])  # px; canvas is H, W but wh is w, h
+            anchors = fit_anchors(train_set.box_sizes())
         self.config, self.device, self.epoch, self.best = config, device, 0, -1.0
         num_labels = len(train_set.classification_names)
         self.network = Network(config, len(train_set.names), num_labels, anchors)
@@ -1866,7 +1871,7 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its axes (rows, columns); matplotlib loads here alone, and without pyplot."""
+    """A figure and its axes (rows, columns), without pyplot; matplotlib loads for figures alone."""
     from matplotlib import figure, rcParams
     rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
@@ -1917,15 +1922,16 @@ def draw_curves(axes: Any, rows: list[dict]) -> None:
         smooth = np.convolve(np.pad(values, 5, "edge"), np.ones(11) / 11, "valid")
         ax.plot(steps, smooth, color=COLOURS[task], label=TASK_NAMES[task])
 
+    shared = "cosine" in rows[0]
+    total = [max(sum(row[f"G/{u}"] for u in tasks), 1e-30) for row in rows if shared]
     for task in tasks:
         w, L, G = ([row.get(f"{key}/{task}") for row in rows] for key in "wLG")
         axes[0].plot(steps, w, color=COLOURS[task], label=TASK_NAMES[task])
         axes[1].plot(steps, L, color=COLOURS[task], alpha=0.2)
         line(axes[1], task, L)
-        if "cosine" in rows[0]:
-            total = [max(sum(row[f"G/{u}"] for u in tasks), 1e-30) for row in rows]
+        if shared:
             line(axes[2], task, np.divide(G, total))
-    if "cosine" not in rows[0]:
+    if not shared:
         axes[2].text(0.1, 0.5, "no trunk is shared in this mode")
     curve = [(row["step"] + 1, row["val"]) for row in rows if "val" in row]
     for metric, task in (("mAP50", "det"), ("accuracy", "cls")):
@@ -2122,15 +2128,15 @@ def pick_device(name: str) -> torch.device:
 
 def warn(splits: tuple[JointSet, ...]) -> None:
     """Prints the first ten warnings about a data set."""
-    lines = [line for split in splits for line in split.warnings]
-    for line in lines[:10] + [f"… and {len(lines) - 10} more"] * (len(lines) > 10):
+    for line in first_ten([line for split in splits for line in split.warnings]):
         print(f"warning: {line}", file=sys.stderr)
 
-def take_folder(out: Path, sign: str, option: str = "--out") -> None:
+def take_folder(out: Path, option: str = "--out", sign: str | None = None) -> None:
     """UserError unless `out` is new, empty, or has a file named `sign` of an earlier such job."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{option} {out}: is a file; give a folder")
-    if out.exists() and any(out.iterdir()) and not any(out.glob(sign + "*")):
+    earlier = sign and any(out.glob(sign + "*"))  # also half written
+    if out.exists() and any(out.iterdir()) and not earlier:
         raise UserError(f"{option} {out}: not empty, and no earlier result; give a new folder")
 
 def start_files(run: Run, out: Path, resume: bool) -> list[dict]:
@@ -2334,7 +2340,7 @@ def run_predict(args: argparse.Namespace, out: Path) -> None:
 
 def export(config: Config, folder: Path) -> None:
     """The synthetic set as files in the joint format, for any other trainer."""
-    take_folder(folder, "\0", "--export")  # no file has that name: only an empty folder will do
+    take_folder(folder, "--export")
     splits = load_data(replace(config, data="synthetic"))
     for split, data in zip(("train", "val"), splits):
         for i, (pixels, boxes, label) in enumerate(zip(data.pixels, data.boxes, data.labels)):
@@ -2363,8 +2369,7 @@ def report_data(config: Config) -> None:
     rows += [[f"class {name}", *(s.labels.count(k) for s in splits)] for name, k in labels.items()]
     print(markdown(["", "train", "val"], rows) + f"canvas {train.canvas[1]} x {train.canvas[0]} px")
     if kinds[0]:
-        sizes = np.concatenate([b[:, 3:] for b in train.boxes]) * train.canvas[::-1]
-        print("anchors, px:", np.round(fit_anchors(sizes)).astype(int).tolist())
+        print("anchors, px:", np.round(fit_anchors(train.box_sizes())).astype(int).tolist())
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line's options; argparse itself answers --help and misspelt options."""
@@ -2401,7 +2406,7 @@ def output_folder(args: argparse.Namespace, config: Config, job: str) -> Path:
     signs = {"compare": "runs", "sweep": "runs", "predict": "predictions.json",
              "reproduce": "reproduce.md", "bench": "bench.md"}
     if job != "check" and not args.export:
-        take_folder(out, signs.get(job, "metrics.jsonl"))
+        take_folder(out, sign=signs.get(job, "metrics.jsonl"))
     if args.check and (out / "results.json").exists():
         raise UserError(f"--out {out}: a finished comparison, which would be read, not repeated; "
                         "give a new folder")

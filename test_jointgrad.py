@@ -2475,7 +2475,8 @@ def test_absent_gpu_is_a_user_error(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, match", [
     (["--resume", "no/such"], "no config.yaml"), (["--mode", "predict"], "needs --checkpoint"),
-    (["--sweep", "lr=1", "--seeds", "1", "1"], "--seeds.*: expected"), (["--check", "no.json"], "no.json: expected"),
+    (["--sweep", "lr=1", "--seeds", "1", "1"], "--seeds.*: expected"),
+    (["--check", "no.json"], "no.json: expected"),
     (["--config", "no.yaml"], "no.yaml: cannot be read"),
     (["--mode", "dual", "--sweep", "alpha=0,1"], "--sweep alpha: .*read by: gradnorm"),
     (["--mode", "equal", "--sweep", "initial_weights=[1,1]"], "read by: gradnorm, fixed"),
@@ -2608,7 +2609,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys, job):
 
 
 def test_predict_again_keeps_no_old_picture_reads_set_and_skips_a_bad_image(runs, tmp_path, capsys):
-    """predict_conf of the command line counts, not that of the run; a bad file costs itself only."""
+    """predict_conf of the command line counts, not the run's; a bad file costs itself only."""
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):
         picture((50, 30)).save(tmp_path / f"in/{name}.png")
