@@ -2232,6 +2232,13 @@ def sweep_cells(config: Config, spec: str, modes: tuple[str, ...]) -> dict[str, 
         asdict(config) | {key: value, "mode": mode}, "--sweep")
         for value in values for mode in modes}
 
+def last_change(config: Config, splits: tuple[JointSet, ...]) -> float:
+    """When code or data last changed, in seconds; folders too, as they tell of deleted files."""
+    images = [image for split in splits for image in split.paths]
+    files = [file for image in images for file in (image, label_path(image))]
+    paths = {Path(__file__), Path(config.data), *files, *(file.parent for file in files)}
+    return max(path.stat().st_mtime for path in paths if path.exists())
+
 def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: str = "",
                 modes: tuple[str, ...] = MODES) -> dict[str, Any]:
     """Modes (at the values of a key) over the seeds, with statistics and verdicts; the results."""
@@ -2240,10 +2247,8 @@ def run_compare(config: Config, seeds: list[int], out: Path, jobs: int, spec: st
              for seed in seeds for label, of_label in labels.items()}
     splits = load_data(config)
     warn(splits)  # faults in the data are told once, before the first run
-    images = [image for split in splits for image in split.paths]
-    changed = max(file.stat().st_mtime for file in itertools.chain(
-        [Path(__file__)], images, map(label_path, images)) if file.exists())
-    table = quantities(run_grid(cells, out / "runs", jobs, changed), list(labels), seeds)
+    grid = run_grid(cells, out / "runs", jobs, last_change(config, splits))
+    table = quantities(grid, list(labels), seeds)
     known = table if spec else table | smoke_quantities(range(10), ("report",))[0]
     return publish({
         "mode": "sweep" if spec else "compare", "sweep": spec, "seeds": seeds,

@@ -2323,6 +2323,24 @@ def test_a_run_is_repeated_where_its_data_changed_since(tmp_path):
     assert made(0) == first and made(time.time() + 60) > first
 
 
+def test_every_change_of_a_set_counts(tmp_path):
+    """An edited data.yaml, label or image, and a deleted label."""
+    path = make_set(tmp_path, two())
+    config = tiny(data=str(path))
+    splits = jg.load_data(config)
+    before, later = jg.last_change(config, splits), time.time() + 60
+    for file in (path, tmp_path / "labels/train/a.txt", tmp_path / "images/val/v.png"):
+        then = file.stat().st_mtime
+        os.utime(file, (later, later))
+        assert jg.last_change(config, splits) == pytest.approx(later)
+        os.utime(file, (then, then))
+    assert jg.last_change(config, splits) == before
+    (tmp_path / "labels/train/a.txt").unlink()
+    assert jg.last_change(config, splits) >= before
+    os.utime(tmp_path / "labels/train", (later, later))  # what a deletion does, beyond the clock
+    assert jg.last_change(config, splits) == pytest.approx(later)
+
+
 def test_the_reports_rule_ends_at_0_and_4_and_sums_to_T_squared():
     """w / mean(w) T has the sum T^2 = 4; output norms of CE and BCE stand as 2 sqrt 3.
 
