@@ -786,6 +786,18 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.nd
 # 5. Model: images -> P3, raw detection maps, class logits
 # --------------------------------------------------------------------------------------------------
 
+def keep_layout(x: Tensor) -> Tensor:
+    """The map x itself, whose gradient will come back in channels_last order if x has it."""
+    # Slices and means hand back gradients in another memory order, on which the backward of SiLU
+    # and BatchNorm is up to ten times slower than a copy. Only there: a hook costs some 10 us.
+    if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
+        x.register_hook(partial(Tensor.contiguous, memory_format=torch.channels_last))
+    return x
+
+def join(*maps: Tensor) -> Tensor:
+    """Maps (B, c_i, h, w) one after the other along their channels."""
+    return torch.cat([keep_layout(x) for x in maps], 1)
+
 class Conv(nn.Sequential):
     """Convolution, BatchNorm, SiLU."""
 
@@ -794,14 +806,6 @@ class Conv(nn.Sequential):
         padding = kernel // 2 if padding is None else padding
         super().__init__(nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
                          nn.BatchNorm2d(c_out, eps=1e-3), nn.SiLU())  # in place costs a copy
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        # Slices and pools hand back gradients in another memory order, on which the backward of
-        # SiLU and BatchNorm is up to ten times slower than a copy.
-        if y.requires_grad and y.is_contiguous(memory_format=torch.channels_last):
-            y.register_hook(partial(Tensor.contiguous, memory_format=torch.channels_last))
-        return y
 
 class Bottleneck(nn.Module):
     """A 1x1 and a 3x3 convolution, around them a shortcut if wanted."""
@@ -823,7 +827,7 @@ class C3(nn.Module):
         self.m = nn.Sequential(*(Bottleneck(half, shortcut) for _ in range(n)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.cv3(torch.cat([self.m(self.cv1(x)), self.cv2(x)], 1))
+        return self.cv3(join(self.m(self.cv1(x)), self.cv2(x)))
 
 class SPPF(nn.Module):
     """Spatial pyramid pooling: the map beside its 5, 9, 13 px maxima, by three pools in a row."""
@@ -836,7 +840,7 @@ class SPPF(nn.Module):
         maps = [self.cv1(x)]
         for _ in range(3):
             maps.append(self.pool(maps[-1]))  # 5 px, then 5 + 4, then 5 + 4 + 4
-        return self.cv2(torch.cat(maps, 1))
+        return self.cv2(join(*maps))
 
 def channels(c: int, width_multiple: float) -> int:
     return math.ceil(c * width_multiple / 8) * 8  # multiples of 8, as in YOLOv5
@@ -920,18 +924,24 @@ class DetectionHead(nn.Module):
         P4 = self.p4(P3)  # (B, c4, H/16, W/16)
         lateral5 = self.lateral5(self.p5(P4))  # (B, c4, H/32, W/32)
         up5 = F.interpolate(lateral5, scale_factor=2.0)
-        lateral4 = self.lateral4(self.up4(torch.cat([up5, P4], 1)))  # (B, c3, H/16, W/16)
-        out3 = self.up3(torch.cat([F.interpolate(lateral4, scale_factor=2.0), P3], 1))  # c3, H/8
-        out4 = self.out4(torch.cat([self.down3(out3), lateral4], 1))  # c4, H/16
-        out5 = self.out5(torch.cat([self.down4(out4), lateral5], 1))  # c5, H/32
+        lateral4 = self.lateral4(self.up4(join(up5, P4)))  # (B, c3, H/16, W/16)
+        out3 = self.up3(join(F.interpolate(lateral4, scale_factor=2.0), P3))  # c3, H/8
+        out4 = self.out4(join(self.down3(out3), lateral4))  # c4, H/16
+        out5 = self.out5(join(self.down4(out4), lateral5))  # c5, H/32
         return [conv(x) for conv, x in zip(self.detect, (out3, out4, out5))]
+
+class MeanPool(nn.Module):
+    """Maps (B, c, h, w) -> their means (B, c)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return keep_layout(x).mean((2, 3))
 
 class ClassificationHead(nn.Sequential):
     """P3 -> class logits (B, C): 1x1 convolution, global average pool, dropout, linear."""
 
     def __init__(self, c_in: int, num_labels: int, dropout: float):
-        super().__init__(Conv(c_in, 2 * c_in), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Dropout(dropout), nn.Linear(2 * c_in, num_labels))
+        super().__init__(Conv(c_in, 2 * c_in), MeanPool(), nn.Dropout(dropout),
+                         nn.Linear(2 * c_in, num_labels))
 
 class JointNet(nn.Module):
     """A trunk and the heads of one task or more, cut at P3."""
@@ -1111,9 +1121,10 @@ class GradNorm:
         self.optimizer.step()
         # Departs from the paper (w <- w T / sum(w)): because w goes negative there.
         above = (self.w - self.w_min).clamp(min=1e-12)
-        self.w.copy_(self.w_min + above * (T - T * self.w_min) / above.sum())  # Adam holds this w
+        w = self.w_min + above * (T - T * self.w_min) / above.sum()
+        self.w.copy_(w)  # in place: Adam holds self.w
         self.r = r
-        return self.w.clone()  # a copy: the next update must not change a logged w
+        return w  # of its own memory: the next update must not change a logged w
 
     def state_dict(self) -> dict:
         return {"w": self.w.clone(), "L0": self.L0,
@@ -1152,15 +1163,17 @@ def similarities(gram: Tensor) -> tuple[Tensor, Tensor]:
     above = torch.stack([cosine, similarity]).triu(1)  # each pair once
     return (above.sum((-2, -1)) / (T * (T - 1) / 2)).unbind()
 
-def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
+def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor,
+             autocast: Any = contextlib.nullcontext()) -> Signals:
     """Leaves the gradient of sum(w_i L_i) in the parameters' .grad; returns what it saw on the way.
 
     The graph is cut at P3, one leaf a head: each weighted loss goes back to its own leaf, where its
     gradient g_i is read; the sum goes on through the trunk. The gradient at W takes g_i through the
     last layer alone.
     """
-    P3, cuts, outputs = part(batch.images)  # P3, each cut: (B, c_out, H/8, W/8)
-    L = torch.stack([losses[task](to_float(output), batch) for task, output in outputs.items()])
+    with autocast:  # of the forward pass alone: the products below need their digits
+        P3, cuts, outputs = part(batch.images)  # P3, each cut: (B, c_out, H/8, W/8)
+        L = torch.stack([losses[task](to_float(output), batch) for task, output in outputs.items()])
     (w * L).sum().backward()  # heads and w: in the order of the tasks
     L, g = mean_over_ranks(L.detach()), [cut.grad for cut in cuts]
     if len(g) == 1:
@@ -1172,8 +1185,7 @@ def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
     grad_W = mean_over_ranks(torch.stack(grad_W))  # before the norm: w is the same on all ranks
     # Flat in channels_last order, where that needs no copy.
     grad_P3 = torch.stack([g_i.permute(0, 2, 3, 1).reshape(-1) for g_i in g]).to(L)  # (T, B h w c)
-    with torch.autocast(L.device.type, enabled=False):  # products need their digits
-        gram_P3, gram_W = grad_P3 @ grad_P3.T, grad_W @ grad_W.T  # (T, T) each
+    gram_P3, gram_W = grad_P3 @ grad_P3.T, grad_W @ grad_W.T  # (T, T) each
     return Signals(L, gram_W.diagonal().sqrt() / w, gram_P3, gram_W)  # g_i carries w_i, n does not
 
 def to_float(output: Any) -> Any:
@@ -1297,6 +1309,8 @@ class Run:
                        "weight_decay": config.weight_decay * kernels, "peak": lr}
                       for kernels in (True, False)]
             self.optimizers.append(torch.optim.AdamW(groups, betas=config.betas, fused=True))
+        # float32's range: needs no scaler.
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16")
         self.w = torch.tensor(config.weights, device=device)
         self.balancer = GradNorm(config.weights, config.alpha, config.gradnorm_lr, config.w_min,
                                  device=device) if config.mode == "gradnorm" else None
@@ -1323,14 +1337,13 @@ def learning_rate(progress: float, warmup: float) -> float:
 
 def train_step(run: Run, batch: Batch, progress: float, backward=backward) -> dict[str, Tensor]:
     """One step of every network, then of the balancer; what the log needs, still as tensors."""
-    signals, grad_norms, bf16 = [], [], run.config.amp == "bf16"  # float32's range: needs no scaler
+    signals, grad_norms = [], []
     weights = run.w.split(len(run.w) // len(run.modules))  # dual: (1,) each, else (T,)
     for module, optimizer, w in zip(run.modules, run.optimizers, weights):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(progress, run.config.warmup)
         optimizer.zero_grad()
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
-            signals.append(backward(module, batch, run.losses, w))
+        signals.append(backward(module, batch, run.losses, w, run.autocast))
         grad_norms.append(nn.utils.clip_grad_norm_(module.parameters(), run.config.grad_clip))
         optimizer.step()
     L, s = torch.cat([s.L for s in signals]), signals[0]
@@ -1463,7 +1476,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of this program, read without running any code in it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != "jointgrad/1":
+        if dict(state)["format"] != "jointgrad/1":  # a bare tensor is no mapping
             raise ValueError
         return state
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
@@ -1705,17 +1718,24 @@ def check_smoke(reported: dict, table: dict[str, list]) -> list[dict[str, Any]]:
                        "range": [x.min(), x.max()], "tolerance": tolerance, "ok": ok})
     return checks
 
-def plain_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
+def plain_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor,
+                   autocast: Any = contextlib.nullcontext()) -> Signals:
     """A joint step as everyone writes it, blind to the gradients: the base of `bench`."""
-    P3 = part.trunk(batch.images)
-    L = torch.stack([losses[task](head(P3), batch) for task, head in part.heads.items()])
+    with autocast:
+        P3 = part.trunk(batch.images)
+        L = torch.stack([losses[task](to_float(head(P3)), batch)
+                         for task, head in part.heads.items()])
     (w * L).sum().backward()
     return Signals(L.detach())
 
-def textbook_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor) -> Signals:
+def textbook_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor,
+                      autocast: Any = contextlib.nullcontext()) -> Signals:
     """GradNorm as most repositories write it: L_grad is a graph, differentiated a second time."""
-    w, P3 = w.clone().requires_grad_(), part.trunk(batch.images)
-    L = torch.stack([losses[task](head(P3), batch) for task, head in part.heads.items()])
+    w = w.clone().requires_grad_()
+    with autocast:
+        P3 = part.trunk(batch.images)
+        L = torch.stack([losses[task](to_float(head(P3)), batch)
+                         for task, head in part.heads.items()])
     G = torch.stack([torch.autograd.grad(w_i * L_i, part.trunk.W, retain_graph=True,
                                          create_graph=True)[0].norm() for w_i, L_i in zip(w, L)])
     target = (G.mean() * (L / L.mean())**1.5).detach()  # L, not L_tilde: only its cost matters

@@ -31,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jointgrad as jg
 
@@ -1094,14 +1095,26 @@ def joint_case(*overrides, images=4):
     return network, losses, batch
 
 
-def test_gradients_reach_a_conv_in_the_memory_order_of_its_output():
-    """A slice and a pool hand back gradients of another order, slow to work on."""
+@pytest.mark.parametrize("mode", ["equal", "dual"])
+def test_gradients_reach_every_activation_in_the_memory_order_of_its_input(mode):
+    """Slices and means hand back gradients of another order, slow to work on."""
     order, seen = torch.channels_last, []
-    conv = jg.Conv(3, 4).to(memory_format=order)
-    y = conv(torch.randn(2, 3, 5, 6).contiguous(memory_format=order))
-    y.register_hook(lambda g: seen.append(g.is_contiguous(memory_format=order)))
-    (torch.cat([y, y], 1)[:, 2:].mean() + y.mean((2, 3)).sum()).backward()
-    assert seen == [True]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.silu_backward.default:
+                seen.append(args[0].is_contiguous(memory_format=order))
+            return func(*args, **(kwargs or {}))
+
+    network, losses, batch = joint_case(f"mode={mode}")
+    network.to(memory_format=order)
+    batch = batch._replace(images=batch.images.contiguous(memory_format=order))
+    with Watch():
+        for part in network.parts:
+            jg.backward(part, batch, losses, torch.ones(len(part.heads)))
+    activations = sum(isinstance(module, nn.SiLU) for module in network.modules())
+    again = 2 if mode == "equal" else 0  # the gradient at W, of each task
+    assert seen == [True] * (activations + again)
 
 
 def test_both_tasks_reach_exactly_the_trunk():
