@@ -41,6 +41,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import difflib
 import gc
 import io
@@ -788,8 +789,8 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.nd
 
 def keep_layout(x: Tensor) -> Tensor:
     """The map x itself, whose gradient will come back in channels_last order if x has it."""
-    # Slices and means hand back gradients in another memory order, on which the backward of SiLU
-    # and BatchNorm is up to ten times slower than a copy. Only there: a hook costs some 10 us.
+    # A slice hands back gradients in another memory order, on which the backward of SiLU and
+    # BatchNorm is up to ten times slower than a copy. Only there: a hook costs some 10 us.
     if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
         x.register_hook(partial(Tensor.contiguous, memory_format=torch.channels_last))
     return x
@@ -934,7 +935,7 @@ class MeanPool(nn.Module):
     """Maps (B, c, h, w) -> their means (B, c)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return keep_layout(x).mean((2, 3))
+        return x.sum((2, 3)) / x[0, 0].numel()  # mean's backward divides maps, this one vectors
 
 class ClassificationHead(nn.Sequential):
     """P3 -> class logits (B, C): 1x1 convolution, global average pool, dropout, linear."""
@@ -2485,6 +2486,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     gc.freeze()  # torch's half a million objects: else each sweep for garbage visits them
     gc.set_threshold(100_000)  # and an evaluation's short-lived boxes cause fewer sweeps
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone: memory that a step has freed
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**30)  # is kept for the next, not handed back
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL on CUDA
