@@ -1814,7 +1814,7 @@ def bench(config: Config, device: torch.device, rounds: int = 100) -> dict[str, 
     for key, values in (("imgsz", (64, 128, 256)), ("batch_size", (8, 16, 32, 64))):
         growth += [(key, v, replace(config, **{key: v}), 2) for v in values]
     with tqdm(unit="round", desc="bench", disable=None, leave=False) as bar:
-        result = bench_case(config, device, rounds, bar, names)
+        result = bench_case(config, device, 3 * rounds, bar, names)  # small steps: more noise
         result["width_0.25_128px"] = bench_case(large, device, rounds, bar, names)
         result["growth"] = []
         for key, value, case, tasks in growth:
