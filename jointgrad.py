@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import difflib
 import gc
@@ -73,6 +72,7 @@ import torch.nn.functional as F  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.optim.adam import adam  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
@@ -1103,7 +1103,11 @@ class GradNorm:
         self.w = torch.tensor(initial_weights, dtype=dtype, device=device)
         self.L0 = torch.zeros_like(self.w) if L0 is None else torch.as_tensor(L0).to(self.w)
         self.r, self.alpha, self.w_min = torch.ones_like(self.w), alpha, w_min
-        self.optimizer = torch.optim.Adam([self.w], lr=lr, fused=True)  # its .grad is set by hand
+        self.m, self.v = torch.zeros_like(self.w), torch.zeros_like(self.w)  # Adam's two moments
+        self.steps = torch.zeros((), device=device)
+        # The function, not the class, whose bookkeeping costs three times the step of T numbers.
+        self.adam = partial(adam, fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=lr,
+                            weight_decay=0, eps=1e-8, maximize=False)
 
     @torch.no_grad()
     def update(self, L: Tensor, n: Tensor) -> Tensor:
@@ -1117,24 +1121,22 @@ class GradNorm:
         target = G_bar * r**self.alpha  # (T,), a constant: L_grad is not differentiated through it
         dL_grad_dw = torch.sign(G - target) * n  # of L_grad = sum |G - target|, eq. 2
         # Departs from the paper (all tasks have labels): because without labels nothing is known.
-        labelled = (torch.minimum(L, n) > 0).all()  # without labels L or n is 0
-        self.w.grad = torch.where(labelled, dL_grad_dw, 0.0)
-        self.optimizer.step()
+        labelled = (L * n > 0).all()  # without labels L or n is 0
+        dL_grad_dw = torch.where(labelled, dL_grad_dw, 0.0)
+        self.adam([self.w], [dL_grad_dw], [self.m], [self.v], [], [self.steps])  # all in place
         # Departs from the paper (w <- w T / sum(w)): because w goes negative there.
         above = (self.w - self.w_min).clamp(min=1e-12)
         w = self.w_min + above * (T - T * self.w_min) / above.sum()
-        self.w.copy_(w)  # in place: Adam holds self.w
+        self.w.copy_(w)
         self.r = r
         return w  # of its own memory: the next update must not change a logged w
 
     def state_dict(self) -> dict:
-        return {"w": self.w.clone(), "L0": self.L0,
-                "optimizer": copy.deepcopy(self.optimizer.state_dict())}
+        return {key: getattr(self, key).clone() for key in ("w", "L0", "m", "v", "steps")}
 
     def load_state_dict(self, state: dict) -> None:
-        self.w.copy_(state["w"])
-        self.L0 = state["L0"].to(self.w)
-        self.optimizer.load_state_dict(state["optimizer"])
+        for key, value in state.items():
+            setattr(self, key, value.to(self.w.device, copy=True))  # update changes them in place
 
 # --------------------------------------------------------------------------------------------------
 # 8. Step: one batch -> gradients of sum(w_i L_i), and each task's gradient at W and P3

@@ -1119,6 +1119,23 @@ def test_gradients_reach_every_activation_in_the_memory_order_of_its_input(mode)
     assert seen == [True] * (activations + again)
 
 
+def test_autocast_covers_the_forward_pass_and_leaves_the_signals_their_digits():
+    """Convolutions give bfloat16, losses and inner products float32."""
+    network, losses, batch = joint_case()
+    part, seen = network.parts[0], []
+    part.trunk[0][0].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    for how in (jg.backward, jg.plain_backward, jg.textbook_backward):
+        signals = how(part, batch, losses, torch.tensor([1.0, 0.5]), autocast)
+        assert {x.dtype for x in signals if x is not None} == {torch.float32}
+    assert seen == [torch.bfloat16] * 3
+
+
+def test_mean_pool_is_the_mean_over_the_map():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(jg.MeanPool()(x), x.mean((2, 3)), rtol=1e-12, atol=1e-15)  # float64
+
+
 def test_both_tasks_reach_exactly_the_trunk():
     """dL_det reaches trunk and detection head, dL_cls trunk and classification head."""
     network, losses, batch = joint_case()
@@ -1410,7 +1427,9 @@ def test_one_update_by_hand():
     w = b.update(double(1, 1, 3), double(2, 1, 1))
     expected = double(0.975, 1.025, 1.025) * 3 / 3.025
     torch.testing.assert_close(w, expected, rtol=1e-7, atol=0)  # Adam's eps of 1e-8
-    assert b.w.grad.tolist() == [2, -1, -1] and b.r.tolist() == [0.5, 1, 1.5]
+    # Adam's first moment after one step is (1 - beta1) gradient; float64
+    torch.testing.assert_close(b.m, 0.1 * double(2, -1, -1), rtol=1e-12, atol=0)
+    assert b.r.tolist() == [0.5, 1, 1.5]
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5])
@@ -1479,7 +1498,8 @@ def test_the_gradient_is_autograds_with_the_target_constant():
             target = target.detach() if constant else target
             (w * n - target).abs().sum().backward()
             grads.append(w.grad)
-        torch.testing.assert_close(b.w.grad, grads[0], rtol=1e-12, atol=0)  # float64
+        # As above: (1 - beta1) gradient; float64
+        torch.testing.assert_close(b.m, 0.1 * grads[0], rtol=1e-12, atol=0)
         differs += not torch.allclose(grads[1], grads[0])
     assert differs > 10  # a target that is not constant would show
 
@@ -1526,11 +1546,12 @@ def test_a_loss_that_is_not_a_number_does_not_reach_the_weights():
     assert torch.isfinite(b.update(double(math.nan, 1.0), double(math.nan, 1.0))).all()
 
 
-def test_an_unlabelled_task_leaves_the_gradient_at_zero():
-    """L_1 = n_1 = 0 at first: no gradient, no NaN, and L0_1 waits for a first loss."""
+@pytest.mark.parametrize("L, n", [((2, 0), (1, 0)), ((2, 4), (1, 0))])
+def test_an_unlabelled_task_leaves_the_gradient_at_zero(L, n):
+    """n_1 = 0, and L_1 too, at first: no gradient, no NaN, and L0_1 waits for a first loss."""
     b = balancer([1.5, 0.5], w_min=0.01)
-    w = b.update(double(2, 0), double(1, 0))
-    assert b.w.grad.tolist() == [0, 0]
+    w = b.update(double(*L), double(*n))
+    assert b.m.tolist() == [0, 0]
     torch.testing.assert_close(w, double(1.5, 0.5), rtol=1e-12, atol=0)  # float64
     w = b.update(double(1, 4), double(1, 1))
     assert b.L0.tolist() == [2, 4] and w.isfinite().all() and w.sum().item() == pytest.approx(2)
