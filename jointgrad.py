@@ -787,17 +787,14 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.nd
 # 5. Model: images -> P3, raw detection maps, class logits
 # --------------------------------------------------------------------------------------------------
 
-def keep_layout(x: Tensor) -> Tensor:
-    """The map x itself, whose gradient will come back in channels_last order if x has it."""
-    # A slice hands back gradients in another memory order, on which the backward of SiLU and
-    # BatchNorm is up to ten times slower than a copy. Only there: a hook costs some 10 us.
-    if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
-        x.register_hook(partial(Tensor.contiguous, memory_format=torch.channels_last))
-    return x
-
 def join(*maps: Tensor) -> Tensor:
     """Maps (B, c_i, h, w) one after the other along their channels."""
-    return torch.cat([keep_layout(x) for x in maps], 1)
+    # The slices that cat hands back are in another memory order, on which the backward of SiLU and
+    # BatchNorm is up to ten times slower than a copy. Only here: a hook costs some 10 us.
+    for x in maps:
+        if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
+            x.register_hook(partial(Tensor.contiguous, memory_format=torch.channels_last))
+    return torch.cat(maps, 1)
 
 class Conv(nn.Sequential):
     """Convolution, BatchNorm, SiLU."""
@@ -1135,8 +1132,8 @@ class GradNorm:
         return {key: getattr(self, key).clone() for key in ("w", "L0", "m", "v", "steps")}
 
     def load_state_dict(self, state: dict) -> None:
-        for key, value in state.items():
-            setattr(self, key, value.to(self.w.device, copy=True))  # update changes them in place
+        for key, value in self.state_dict().items():
+            setattr(self, key, value.copy_(state[key]))  # a missing or misshapen one is an error
 
 # --------------------------------------------------------------------------------------------------
 # 8. Step: one batch -> gradients of sum(w_i L_i), and each task's gradient at W and P3
@@ -1721,24 +1718,24 @@ def check_smoke(reported: dict, table: dict[str, list]) -> list[dict[str, Any]]:
                        "range": [x.min(), x.max()], "tolerance": tolerance, "ok": ok})
     return checks
 
+def plain_losses(part: nn.Module, batch: Batch, losses: dict, autocast: Any) -> Tensor:
+    """Losses (T,) on one graph, not cut at P3."""
+    with autocast:
+        P3 = part.trunk(batch.images)
+        return torch.stack([losses[task](to_float(head(P3)), batch)
+                            for task, head in part.heads.items()])
+
 def plain_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor,
                    autocast: Any = contextlib.nullcontext()) -> Signals:
     """A joint step as everyone writes it, blind to the gradients: the base of `bench`."""
-    with autocast:
-        P3 = part.trunk(batch.images)
-        L = torch.stack([losses[task](to_float(head(P3)), batch)
-                         for task, head in part.heads.items()])
+    L = plain_losses(part, batch, losses, autocast)
     (w * L).sum().backward()
     return Signals(L.detach())
 
 def textbook_backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor,
                       autocast: Any = contextlib.nullcontext()) -> Signals:
     """GradNorm as most repositories write it: L_grad is a graph, differentiated a second time."""
-    w = w.clone().requires_grad_()
-    with autocast:
-        P3 = part.trunk(batch.images)
-        L = torch.stack([losses[task](to_float(head(P3)), batch)
-                         for task, head in part.heads.items()])
+    w, L = w.clone().requires_grad_(), plain_losses(part, batch, losses, autocast)
     G = torch.stack([torch.autograd.grad(w_i * L_i, part.trunk.W, retain_graph=True,
                                          create_graph=True)[0].norm() for w_i, L_i in zip(w, L)])
     target = (G.mean() * (L / L.mean())**1.5).detach()  # L, not L_tilde: only its cost matters
@@ -2488,9 +2485,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     gc.freeze()  # torch's half a million objects: else each sweep for garbage visits them
     gc.set_threshold(100_000)  # and an evaluation's short-lived boxes cause fewer sweeps
-    with contextlib.suppress(AttributeError, OSError):  # glibc alone: memory that a step has freed
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)  # is kept for the next, not handed back
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: the next step reuses memory
+            ctypes.CDLL(None).mallopt(option, 2**30)
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL on CUDA

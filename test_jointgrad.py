@@ -1528,6 +1528,15 @@ def test_a_saved_state_continues_identically():
         assert torch.equal(a.update(*s), b.update(*s))
 
 
+@pytest.mark.parametrize("key", ["w", "L0", "m", "v", "steps"])
+def test_a_state_without_one_of_its_parts_is_an_error(key):
+    a = balancer([1, 2])
+    state = a.state_dict()
+    del state[key]
+    with pytest.raises(KeyError, match=key):
+        a.load_state_dict(state)
+
+
 def test_L0_is_the_first_losses_and_stays():
     b = balancer([1, 1])
     b.update(double(3, 5), double(1, 1))
