@@ -1289,7 +1289,7 @@ def cost(network: Network, canvas: tuple[int, int]) -> dict[str, Any]:
     for part in network.parts:
         for name, module in (("trunk", part.trunk), *part.heads.items()):
             owner = next(iter(part.heads)) if len(network.parts) > 1 else name
-            counts[owner] += sum(p.numel() for p in module.parameters())
+            counts[owner] = counts.get(owner, 0) + sum(p.numel() for p in module.parameters())
     network.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, *canvas, device=next(network.parameters()).device))

@@ -5,8 +5,7 @@
     python data/study.py check data/results/compare/results.json    # repeats it; 1 if a mean moved
     python data/study.py bench --imgsz 128 --width_multiple 0.25    # one size a call
 
-Fixed before looking: detection is judged by mAP50-95, classification by balanced accuracy; the
-contrasts are those of `contrasts`, under Holm's correction; one seed decides nothing.
+Fixed before looking: what is judged (mAP50-95, balanced accuracy) and the family of `contrasts`.
 """
 import copy
 import itertools
@@ -46,11 +45,10 @@ def name_of(label: Label) -> str:
 def make_labels(modes: list[str], sweep: str) -> list[Label]:
     """Each mode at each value; a mode that does not read the swept key has one label, without."""
     key, _, text = sweep.partition("=")
-    key, values = key.replace("-", "_"), re.findall(r"\[.*?\]|[^,]+", text)  # [1,0.1] is one value
+    at = [(key, x.strip("[] ")) for x in re.findall(r"\[.*?\]|[^,]+", text)]  # [1,0.1] is one value
     readers = [mode for mode, keys in OWN.items() if key in keys] or modes
-    if sweep and (not values or key in ("mode", "seed", "data") or not set(readers) & set(modes)):
+    if sweep and (not at or key in ("mode", "seed", "data") or not set(readers) & set(modes)):
         raise jg.UserError(f"--sweep {sweep[:40]}: expected key=v1,v2 of a key that --modes read")
-    at = [(key, value.strip("[] ")) for value in values]
     return [(m, *x) for m in modes for x in (at if at and m in readers else [(None, None)])]
 
 def make_cells(args: Any, settings: dict[str, Any], out: Path) -> dict[tuple[Label, int], tuple]:
@@ -111,10 +109,9 @@ def measure(run: dict[str, Any], others: dict[str, dict]) -> dict[str, float]:
     q = {metric: val[metric] for metric in jg.METRICS if val[metric] is not None}
     for task, metric, _ in JUDGED:
         if metric in q:
-            step, score = np.array([(row["step"] + 1, row["val"][metric])
-                                    for row in rows if "val" in row]).T  # (evaluations,) each
+            at, score = np.array([(x["step"] + 1, x["val"][metric]) for x in rows if "val" in x]).T
             goal = 0.9 * others["fixed"]["val"][metric] if others["fixed"] else np.inf
-            q[f"steps_to_90_{task}"] = next(iter(step[score >= goal]), np.nan)
+            q[f"steps_to_90_{task}"] = next(iter(at[score >= goal]), np.nan)
             q[f"largest_fall_{task}"] = max([0.0, *-np.diff(score)])
     if {"L/det", "L/cls"} <= rows[0].keys():
         L = np.array([[row["L/det"], row["L/cls"]] for row in rows])  # (steps, 2)
@@ -126,8 +123,8 @@ def measure(run: dict[str, Any], others: dict[str, dict]) -> dict[str, float]:
     if all(metric in q and others[mode] for _, metric, mode in JUDGED):  # mean gain in %
         q["delta_m"] = 100 * np.mean([np.divide(q[metric], others[mode]["val"][metric]) - 1
                                       for _, metric, mode in JUDGED])
-    if seen := run["interference"]:
-        q |= seen | {"gradient_share": seen["gradient_share"]["det"]}
+    if seen := dict(run["interference"] or {}):
+        q |= {"gradient_share_det": seen.pop("gradient_share")["det"]} | seen
     return q | {"parameters": run["parameters"]["total"], "step_ms": run["time"]["step_ms"],
                 "step_cpu_ms": 1000 * run["time"]["train_cpu_s"] / run["steps"],
                 "flops_per_image": run["flops_per_image"], "peak_rss_mb": run["peak_rss_mb"]}
@@ -180,10 +177,9 @@ def trajectories(runs: dict[tuple[Label, int], dict]) -> dict[str, Any]:
     """Over training, spread over seeds of GradNorm's weights and of detection's share of G."""
     logs = [run["rows"] for (label, _), run in runs.items() if label == ("gradnorm", None, None)]
     logs = [[rows[k] for k in np.linspace(0, len(rows) - 1, 101).astype(int)] for rows in logs]
-    track = {"w_det": lambda row: row["w/det"], "w_cls": lambda row: row["w/cls"],
-             "share_det": lambda row: row["G/det"] / max(row["G/det"] + row["G/cls"], 1e-30)}
-    return {key: spread([[of(row) for row in rows] for rows in logs])
-            for key, of in track.items() if logs}
+    of = {"w_det": lambda row: row["w/det"], "w_cls": lambda row: row["w/cls"],
+          "share_det": lambda row: row["G/det"] / max(row["G/det"] + row["G/cls"], 1e-30)}
+    return {k: spread([[f(row) for row in rows] for rows in logs]) for k, f in of.items() if logs}
 
 # --------------------------------------------------------------------------------------------------
 # 3. Claims: data/reported.yaml and quantities over seeds -> a verdict each
@@ -273,8 +269,8 @@ def time_variants(args: Any, settings: dict[str, Any]) -> dict[str, Any]:
             "ratios": {f"{name}/fixed": spread(x / fair[0]) for name, x in zip(steps, fair)},
             "images_per_s": dict(zip(steps, B / np.median(wall, 1))),
             "inference_images_per_s": dict(zip(runs, B / np.median(forward, 1))),
-            "flops_per_image": {name: jg.flops_per_image(run.network, data.canvas)
-                                for name, run in runs.items()},
+            "flops_per_image": {name: jg.cost(run.network, data.canvas)["flops_per_image"]
+                                for name, run in runs.items() if args.tasks == 2},
             "peers": checks, "environment": jg.environment(device)}
 
 # --------------------------------------------------------------------------------------------------
@@ -284,7 +280,7 @@ def time_variants(args: Any, settings: dict[str, Any]) -> dict[str, Any]:
 TABLES = ("mAP50 mAP50-95 accuracy balanced_accuracy delta_m",
           "steps_to_90_det steps_to_90_cls largest_fall_det largest_fall_cls stray_det stray_cls",
           "parameters step_ms step_cpu_ms flops_per_image peak_rss_mb",
-          "cosine_mean conflict_share magnitude_similarity gradient_share w_det w_cls r_gap")
+          "cosine_mean conflict_share magnitude_similarity gradient_share_det w_det w_cls r_gap")
 
 def listed(rows: list[dict[str, Any]]) -> str:
     """A Markdown table with a column for each key that holds anything."""
@@ -304,11 +300,10 @@ def report_compare(results: dict[str, Any]) -> str:
 
 def report_bench(results: dict[str, Any]) -> str:
     """A Markdown table of each variant's times and throughput, and what was checked of peers."""
-    rows = [{"variant": name, "step_ms": list(x.values()),
-             "over fixed": list(results["ratios"][f"{name}/fixed"].values())}
-            | {key: results[key].get(name) for key in
-               ("images_per_s", "inference_images_per_s", "flops_per_image")}
-            for name, x in results["step_ms"].items()]
+    keys = ("images_per_s", "inference_images_per_s", "flops_per_image")
+    rows = [{"variant": a, "step_ms": list(x.values()),
+             "over fixed": list(results["ratios"][f"{a}/fixed"].values())}
+            | {key: results[key].get(a) for key in keys} for a, x in results["step_ms"].items()]
     return f"Least / median / largest of {results['rounds']} rounds\n\n{listed(rows)}" + "".join(
         f"\n{name}: {json.dumps(check)}\n" for name, check in results["peers"].items())
 
@@ -353,7 +348,8 @@ def draw_weights(results: dict[str, Any]) -> Any:
         ax = axes[0, int(key == "share_det")]
         ax.plot(q["median"], label=key)
         ax.fill_between(range(len(q["median"])), q["min"], q["max"], alpha=0.25)
-        ax.set_xlabel("% of training; median and range over seeds")
+        ax.set(title="Detection's share of the gradient at W" if ax is axes[0, 1] else
+               "GradNorm's task weights", xlabel="% of training; median and range over seeds")
         ax.legend()
     return fig
 
@@ -362,6 +358,7 @@ def draw_bench(results: dict[str, Any]) -> Any:
     ratios, (fig, axes) = results["ratios"], jg.panels(1, 1, (7.4, 2.6))
     bars = axes[0, 0].barh(list(ratios), [x["median"] for x in ratios.values()])
     axes[0, 0].bar_label(bars, fmt="%.2f")
+    axes[0, 0].set_title("Time of a step over that of a plain joint step")
     return fig
 
 # --------------------------------------------------------------------------------------------------
@@ -371,7 +368,7 @@ def draw_bench(results: dict[str, Any]) -> Any:
 def publish(out: Path, results: dict[str, Any], report: Any, **figures: Any) -> dict[str, Any]:
     """Writes results.json, the report and the figures; the results as JSON has them."""
     results = jg.clean({"schema": "jointgrad/2", "command": shlex.join(sys.argv)} | results)
-    text = f"    {results['command']}\n\n{report(results)}"
+    text = f"    python {results['command']}\n\n{report(results)}"
     jg.write_json(out / "results.json", results)
     jg.write_atomic(out / f"{results['mode']}.md", text)
     for name, draw in figures.items():
@@ -382,13 +379,13 @@ def publish(out: Path, results: dict[str, Any], report: Any, **figures: Any) -> 
 def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Runs what is unfinished, or prints it; then judges all that lies there."""
     config, kind = jg.load_config(args.config, settings), args.sweep.partition("=")[0] or "compare"
-    out = args.out or Path("runs", f"{kind}-{jg.data_name(config)}")
+    out = args.out or Path("runs", f"{kind}-{Path(config.data).parent.name or config.data}")
     if (out / "metrics.jsonl").exists() or not config.epochs:
         raise jg.UserError(f"compare: needs --epochs, and an --out that is no run's; now {out}")
     cells = make_cells(args, settings, out)
     out.mkdir(parents=True, exist_ok=True)
     data, _ = jg.load_data(jg.Config(**next(iter(cells.values()))[0]), out)  # faults: told here
-    sys.stderr.writelines(f"warning: {note}\n" for note in data.notes)
+    sys.stderr.writelines(f"warning: {note}\n" for note in data.notes[:10])
     commands = [unfinished(*cell, data.fingerprint) for cell in cells.values()]
     if args.print:
         return sys.stdout.writelines(f"{shlex.join(command)}\n" for command in commands if command)
@@ -413,8 +410,7 @@ def check(args: Any, settings: dict[str, Any]) -> bool:
     try:
         recorded = json.loads(args.file.read_text())
         args.seeds, args.sweep, args.tuned = (recorded[k] for k in ("seeds", "sweep", "tuned"))
-        args.modes = list(dict.fromkeys(mode for mode, _, _ in recorded["labels"]))
-        expected = recorded["modes"]
+        args.modes, old = list(dict.fromkeys(x[0] for x in recorded["labels"])), recorded["modes"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise jg.UserError(f"{args.file}: expected the results.json of a comparison") from error
     args.out = jg.new_folder(args.out, f"check-{args.file.resolve().parent.name}")
@@ -423,9 +419,9 @@ def check(args: Any, settings: dict[str, Any]) -> bool:
     measured = compare(args, {})["modes"]
     for mode, metric in itertools.product(measured, jg.METRICS):
         if metric in measured[mode]:
-            old, mean = expected[mode][metric], measured[mode][metric]["mean"]
-            low, high = old["ci95"] or [old["mean"]] * 2
-            rows.append({"mode": mode, "metric": metric, "recorded": old, "measured": mean,
+            q, mean = old[mode][metric], measured[mode][metric]["mean"]
+            low, high = q["ci95"] or [q["mean"]] * 2
+            rows.append({"mode": mode, "metric": metric, "recorded": q, "measured": mean,
                          "verdict": "ok" if low - 1e-9 <= mean <= high + 1e-9 else "OUTSIDE"})
     print(f"{listed(rows)}\nwritten to {args.out}/")
     return all(row["verdict"] == "ok" for row in rows)
