@@ -159,8 +159,8 @@ class GradNorm:
     """Task weights w (T,) by Chen et al., ICML 2018; knows no network.
 
     Each step: train on sum(w_i L_i) with the present `w`, then call `update(L, n)` for the next.
-    From the first update on sum(w) = T. `L0`: the losses that progress is measured against, by
-    default the first positive ones.
+    `w` starts as given; each update makes it sum to T. `L0`: the losses that progress is measured
+    against, by default the first positive ones.
     """
     def __init__(self, initial_weights: Any, alpha: float = 1.5, lr: float = 0.025,
                  w_min: float = 0.0, L0: Any = None, device: torch.device | str = "cpu",
@@ -185,7 +185,7 @@ class GradNorm:
         labelled = (L * n > 0).all()  # without labels L or n is 0
         self.w.grad = torch.where(labelled, dL_grad_dw, 0.0)
         self.adam.step()  # w, in place
-        # Departs from the paper (w <- w T / sum(w)): because w goes negative there.
+        # Departs from the paper (w <- w T / sum(w)): because Adam can take w below 0.
         above = (self.w - self.w_min).clamp(min=1e-12)
         w = self.w_min + above * (T - T * self.w_min) / above.sum()
         self.w.copy_(w)
@@ -384,7 +384,7 @@ class Conv(nn.Sequential):
                  padding: int | None = None):
         padding = kernel // 2 if padding is None else padding
         super().__init__(nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-                         nn.BatchNorm2d(c_out, eps=1e-3), nn.SiLU())  # in place costs a copy
+                         nn.BatchNorm2d(c_out, eps=1e-3), nn.SiLU())  # in place would cost a copy
 
 class Bottleneck(nn.Module):
     """A 1x1 and a 3x3 convolution, around them a shortcut if wanted."""
@@ -567,9 +567,9 @@ def match_targets(targets: Tensor, shapes: list[tuple[int, int]], anchors: Tenso
     ratio = wh / anchors[:, :, None]  # (L, 3, N, 2)
     alike = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_thres  # (L, 3, N)
     rest = sizes[:, None] - centre  # (L, N, 2), counted from the far side
-    below = ((centre % 1 < 0.5) & (centre > 1)).permute(2, 0, 1)  # (2, L, N): left, upper is near
-    above = ((rest % 1 < 0.5) & (rest > 1)).permute(2, 0, 1)  # right, lower is near
-    near = torch.cat([torch.ones_like(below[:1]), below, above])  # (5, L, N)
+    near_low = ((centre % 1 < 0.5) & (centre > 1)).permute(2, 0, 1)  # (2, L, N): left, upper
+    near_high = ((rest % 1 < 0.5) & (rest > 1)).permute(2, 0, 1)  # right, lower
+    near = torch.cat([torch.ones_like(near_low[:1]), near_low, near_high])  # (5, L, N)
     offsets = torch.tensor([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]], device=device)
     o, level, anchor, target = (near[:, :, None] & alike).nonzero(as_tuple=True)  # of (5, L, 3, N)
     cell = (centre[level, target] - offsets[o]).long()
@@ -596,7 +596,7 @@ class DetectionLoss:
         size = targets.new_tensor([shapes[0][1], shapes[0][0]] * 2) * STRIDES[0]  # W H W H px
         iou = ciou(found, targets[match.target, 2:] * size)
         counts = iou.new_zeros(3).index_add(0, match.level, torch.ones_like(iou))
-        share = 1 / counts[match.level]  # sums over matches become means of levels, added up
+        share = 1 / counts[match.level]  # 1 / matches of its level: a mean a level, summed
         # Departs from YOLOv5 (the last match of a cell counts): because amax knows no order.
         goal = iou.new_zeros(predictions.shape[:2].numel()).scatter_reduce(  # (B A,)
             0, image * predictions.shape[1] + match.index, iou.detach().clamp(min=0), "amax")
@@ -628,8 +628,9 @@ def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[s
         labels = [k for k in train_set.labels if k != NO_LABEL]
         counts = np.bincount(labels, minlength=len(train_set.classification_names)).clip(1)
         weights = len(labels) / (len(counts) * counts) if config.class_balance else counts**0.0
-        losses["cls"] = partial(classification_loss,
-                                class_weights=network.parts[0].trunk.W.new_tensor(weights))
+        device = next(network.parameters()).device
+        weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        losses["cls"] = partial(classification_loss, class_weights=weights)
     return losses
 
 # --------------------------------------------------------------------------------------------------
@@ -637,7 +638,7 @@ def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[s
 # --------------------------------------------------------------------------------------------------
 
 class Signals(NamedTuple):
-    """What a backward pass tells; None where no trunk is shared, or another way to step is used."""
+    """What a backward pass tells; n and gram are None unless two tasks train the trunk."""
     L: Tensor  # losses (T,)
     n: Tensor | None = None  # norms (T,) at W of the unweighted losses' gradients
     gram: Tensor | None = None  # inner products (T, T) of w_i L_i's gradients at P3, this rank's
@@ -673,7 +674,7 @@ def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor,
     L, g = mean_over_ranks(L.detach()), [cut.grad for cut in cuts]
     part = getattr(part, "module", part)  # .module: inside DistributedDataParallel
     if len(g) == 1 or part.detach:
-        P3.backward(g[0])  # the first task's gradient alone enters the trunk
+        P3.backward(g[0])  # of one task, or of detection alone: the first head
         return Signals(L)
     W = part.trunk.W
     grad_W = [torch.autograd.grad(P3, W, g_i, retain_graph=True)[0].reshape(-1) for g_i in g]
@@ -726,7 +727,7 @@ def evaluate(network: Network, data: JointSet, config: Config) -> dict[str, Any]
     device, was_training = next(network.parameters()).device, network.training
     network.eval()
     found, guess = [], []
-    for indices in torch.arange(len(data)).split(64):  # in order: guess i belongs to image i
+    for indices in torch.arange(len(data)).split(4 * config.batch_size):  # in order
         outputs = network(data.batch(indices, device).images)
         if "det" in outputs:
             found += find_boxes(outputs["det"], network.parts[0].heads["det"].anchors, config)
@@ -814,7 +815,7 @@ def train_step(run: Run, batch: Batch, progress: float,
                backward: Callable = backward) -> dict[str, Tensor]:
     """One step of every network, then of the balancer; what the log needs, still as tensors."""
     signals, grad_norms = [], []
-    weights = run.w.split(len(run.w) // len(run.modules))  # dual: (1,) each, else (T,)
+    weights = run.w.split([len(part.heads) for part in run.network.parts])  # dual: (1,) each
     for module, optimizer, w in zip(run.modules, run.optimizers, weights):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(progress, run.config.warmup)
@@ -1069,8 +1070,49 @@ def check_smoke(reported: dict, measured: dict[str, list]) -> list[dict[str, Any
     return checks
 
 # --------------------------------------------------------------------------------------------------
-# 12. Files and figures: a run -> checkpoints, results, tables, pictures
+# 12. Files and figures: config files, checkpoints, results, tables, pictures
 # --------------------------------------------------------------------------------------------------
+
+def read_yaml(path: Path) -> Any:
+    """Lists, mappings and texts of a YAML file: all scalars stay text, nothing is constructed."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())[:120]})") from error
+
+def key_comments() -> dict[str, str]:
+    """What config.yaml says of each key: its range, also in an error, and its line in --help."""
+    text = (ROOT / "config.yaml").read_text(encoding="utf-8")
+    return dict(re.findall(r"^(\w+):.*?  +# (.*)$", text, re.MULTILINE))
+
+def nearest(word: str, words: Any) -> str:
+    """"; did you mean …?" with the likeliest of the words, or nothing."""
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+def make_config(values: Any, where: str) -> Config:
+    """A checked Config from a mapping of exactly its keys, values as text or as they are."""
+    hints, checked = get_type_hints(Config, include_extras=True), {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected lines of 'key: value'")
+    for key in (key for key in values if key not in hints):
+        raise UserError(f"{where}: unknown key {str(key)[:60]}{nearest(str(key), hints)}")
+    for key, hint in hints.items():
+        value = values.get(key)
+        try:
+            if isinstance(value, str) and "," in value and hint is not str:  # 1,0.1 or [1, 0.1]
+                value = yaml.load(value if value[0] == "[" else f"[{value}]", yaml.BaseLoader)
+            checked[key] = msgspec.convert(value, hint, strict=False)  # "1e-3" is a number,
+        except (msgspec.ValidationError, yaml.YAMLError) as error:  # 2.5 no int, true no float
+            raise UserError(f"{where}: {key}: found {str(value)[:60]!r}, expected "
+                            f"{key_comments()[key]}") from error
+    return Config(**checked)
+
+def load_config(path: Path, settings: dict[str, Any]) -> Config:
+    """The shipped config.yaml, with a YAML file's and then a command line's settings over it."""
+    shipped, given = read_yaml(ROOT / "config.yaml"), read_yaml(path)
+    config = make_config(shipped | given if isinstance(given, dict) else given, str(path))
+    return make_config(asdict(config) | settings, "command line")
 
 COLOURS = {"det": "#1f77b4", "cls": "#d62728"}
 
@@ -1078,8 +1120,7 @@ def to_json(value: Any) -> bytes:
     """One line of JSON: tuples and arrays are lists, NaN is null."""
     return msgspec.json.encode(value, enc_hook=lambda x: x.tolist())
 
-def clean(value: Any) -> Any:
-    """The value as it comes back from JSON or YAML."""
+def clean(value: Any) -> Any:  # as it comes back from JSON or YAML
     return msgspec.json.decode(to_json(value))
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -1183,8 +1224,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of this program, read without running any code in it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if dict(state)["format"] != "jointgrad/2":  # a bare tensor is no mapping
-            raise ValueError
+        if dict(state)["format"] != "jointgrad/2" or not {"config", "network"} <= state.keys():
+            raise ValueError  # or TypeError: a bare tensor is no mapping
         return state
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
         raise UserError(f"{path}: not a checkpoint of jointgrad ({type(error).__name__}); give a "
@@ -1228,22 +1269,23 @@ def restore(run: Run, last: Path) -> None:
 def warm_start(run: Run, path: Path) -> None:
     """Lays the trunk and the detection head of a checkpoint over those of a new run."""
     saved, own = load_checkpoint(path)["network"], run.network.state_dict()
-    taken = {key: x for key, x in saved.items() if key.startswith("parts.0.") and key in own}
-    if any(x.shape != own[key].shape for key, x in taken.items()):
-        raise UserError(f"init {path}: its network has another width, depth or number of classes")
-    run.network.load_state_dict(own | taken)
+    kept = ("parts.0.trunk.", "parts.0.heads.det." if "det" in run.config.tasks else "-")
+    shapes = [{key: x.shape for key, x in network.items() if key.startswith(kept)}
+              for network in (saved, own)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"init {path}: its detector has another width, depth or number of classes")
+    run.network.load_state_dict(own | {key: saved[key] for key in shapes[0]})
 
 class Predictor:
     """A trained network: `Predictor("best.pt")("image.jpg")` -> its boxes and its image class."""
-    def __init__(self, path: str | Path, device: str = "cpu", **settings: Any):
+    def __init__(self, path: str | Path, **settings: Any):
         state = load_checkpoint(Path(path))
         self.config = make_config(state["config"] | settings, str(path))
         self.names, self.classification_names = state["names"], state["classification_names"]
         num_labels = len(self.classification_names)
         self.network = Network(self.config, len(self.names), num_labels, np.ones((3, 3, 2)))
         self.network.load_state_dict(state["network"])  # brings the anchors too
-        self.device = torch.device(device)
-        self.network.to(self.device).eval()
+        self.network.eval()
 
     @torch.no_grad()
     def __call__(self, image: Any) -> dict[str, Any]:
@@ -1257,7 +1299,8 @@ class Predictor:
             from data.joint import read_image, to_canvas
             image = read_image(image)
             (pixels, (left, top, w, h)), size = to_canvas(image, self.config.imgsz), image.size
-        images = torch.tensor(pixels, device=self.device).permute(2, 0, 1)[None] / 255
+        device = next(self.network.parameters()).device
+        images = torch.tensor(pixels, device=device).permute(2, 0, 1)[None] / 255
         outputs, found = self.network(images), {"boxes": [], "classification": None}
         if "det" in outputs:
             anchors = self.network.parts[0].heads["det"].anchors
@@ -1310,7 +1353,8 @@ def summarise(run: Run, dataset: dict[str, Any], start_s: float) -> dict[str, An
     config, rows, first, final = run.config, run.rows, list(run.config.weights), run.w.tolist()
     total = {key: sum(row.get("time", {}).get(key, 0) for row in rows)
              for key in ("train_s", "train_cpu_s", "eval_s")}
-    column = {key: np.array([row[key] for row in rows]) for key in rows[0] if key[0] in "lcsG"}
+    column = {key: np.array([row[key] for row in rows]) for key in rows[0]
+              if key in ("loss", "cosine", "similarity", "G/det", "G/cls")}
     interference = None  # where the tasks share no trunk
     if "cosine" in column:
         share = np.mean(column["G/det"] / (column["G/det"] + column["G/cls"] + 1e-30))
@@ -1334,59 +1378,15 @@ def summarise(run: Run, dataset: dict[str, Any], start_s: float) -> dict[str, An
 # 13. Command line: arguments -> one run, its files under --out, an exit code
 # --------------------------------------------------------------------------------------------------
 
-def read_yaml(path: Path) -> Any:
-    """Lists, mappings and texts of a YAML file: all scalars stay text, nothing is constructed."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
-    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: cannot be read as YAML ({reason})") from error
-
-def key_comments() -> dict[str, str]:
-    """What config.yaml says of each key: its range, also in an error, and its line in --help."""
-    text = (ROOT / "config.yaml").read_text(encoding="utf-8")
-    return dict(re.findall(r"^(\w+):.*?  +# (.*)$", text, re.MULTILINE))
-
-def nearest(word: str, words: Any) -> str:
-    """"; did you mean …?" with the likeliest of the words, or nothing."""
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-def make_config(values: Any, where: str) -> Config:
-    """A checked Config from a mapping of exactly its keys, values as text or as they are."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected lines of 'key: value', found {type(values).__name__}")
-    hints, checked = get_type_hints(Config, include_extras=True), {}
-    for key in (key for key in values if key not in hints):
-        raise UserError(f"{where}: unknown key {str(key)[:60]}{nearest(str(key), hints)}")
-    for key, hint in hints.items():
-        value = values.get(key)
-        if isinstance(value, str) and "," in value and key in ("initial_weights", "betas"):
-            value = value.split(",")  # as a command line gives two numbers
-        try:
-            checked[key] = msgspec.convert(value, hint, strict=False)  # "1e-3" is a number,
-        except msgspec.ValidationError as error:  # 2.5 is no int, true no float
-            raise UserError(f"{where}: {key}: found {str(value)[:60]!r}, expected "
-                            f"{key_comments()[key]}") from error
-    return Config(**checked)
-
-def load_config(path: Path, settings: dict[str, Any]) -> Config:
-    """The shipped config.yaml, with a YAML file's and then a command line's settings over it."""
-    shipped, given = read_yaml(ROOT / "config.yaml"), read_yaml(path)
-    config = make_config(shipped | given if isinstance(given, dict) else given, str(path))
-    return make_config(asdict(config) | settings, "command line")
-
 def option_parser(description: str) -> argparse.ArgumentParser:
     """A parser with --config, --out and an option for every key of config.yaml but `mode`."""
-    parser = argparse.ArgumentParser(  # whose errors are told like all others
-        usage="%(prog)s [--option value …]", description=description, allow_abbrev=False,
-        exit_on_error=False)
+    parser = argparse.ArgumentParser(usage="%(prog)s [--option value …]", description=description,
+                                     allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, default=ROOT / "config.yaml",
                         help="a YAML file of settings, laid over the shipped config.yaml")
     parser.add_argument("--out", type=Path, help="a new folder for the results; else below runs/")
-    for key, comment in key_comments().items():
-        if key != "mode":
-            parser.add_argument(f"--{key}", help=comment.replace("%", "%%"))
+    for key, comment in list(key_comments().items())[1:]:  # mode, the first, has more choices
+        parser.add_argument(f"--{key}", help=comment.replace("%", "%%"))
     return parser
 
 def run_program(parser: argparse.ArgumentParser, job: Callable,
@@ -1398,15 +1398,15 @@ def run_program(parser: argparse.ArgumentParser, job: Callable,
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:
-            hint = nearest(unknown[0].lstrip("-"), list(vars(args)))
+            hint = nearest(unknown[0].lstrip("-").partition("=")[0], list(vars(args)))
             raise UserError(f"{unknown[0]}: no such option{hint}; --help lists all")
         given = {key: getattr(args, key) for key in key_comments() if key != "mode"}
         return job(args, {key: value for key, value in given.items() if value is not None}) or 0
     except (UserError, argparse.ArgumentError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
-    except (ArithmeticError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ArithmeticError, RuntimeError, OSError, MemoryError) as error:
+        print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; whole epochs are saved: see --resume", file=sys.stderr)
@@ -1497,8 +1497,8 @@ def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Pictures and predictions.json, of an image, a folder, or a set's val split with metrics."""
     if not args.checkpoint:
         raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt")
-    device, metrics = pick_device(settings.get("device", "auto")), None
-    predictor = Predictor(args.checkpoint, device, **settings)
+    predictor, metrics = Predictor(args.checkpoint, **settings), None
+    predictor.network.to(pick_device(predictor.config.device))
     out = new_folder(args.out, f"predict-{args.checkpoint.resolve().parent.name}")
     if args.source:
         items = sorted(p for p in args.source.rglob("*") if p.is_file()) or [args.source]

@@ -141,6 +141,9 @@ class JointFolder:
         self.names, self.labels = self.class_names("names"), []
         if "classification_names" in self.spec:
             self.labels = self.class_names("classification_names")
+        if len(self.labels) == 1:
+            raise jg.UserError(f"{path}: classification_names: one class leaves nothing to learn; "
+                               "expected two or more")
         if self.spec.get("nc", str(len(self.names))) != str(len(self.names)):
             raise jg.UserError(f"{path}: nc: expected {len(self.names)}, as there are names")
 
@@ -163,6 +166,9 @@ class JointFolder:
     def find_images(self, split: str) -> list[Path]:
         """Image files of a split (a folder, a .txt list, or a list of these), sorted."""
         entry, files, root = self.spec.get(split), [], Path(os.path.realpath(self.root))
+        if not entry:
+            raise jg.UserError(f"{self.path}: {split}: missing; expected a folder or a list below "
+                               f"{self.root}")
         for part in entry if isinstance(entry, list) else [entry]:
             path = self.root / str(part)
             if path.is_dir():
@@ -278,6 +284,9 @@ class JointFolder:
             data.pixels = np.empty(shape, np.uint8)
         else:  # a file, mapped
             data.pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
+                with file.open("r+b") as handle:
+                    os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
             file.unlink()  # open, it stays; whatever ends the process, it goes
 
         def read(i: int) -> tuple[int, int, int, int] | jg.UserError:
@@ -304,7 +313,7 @@ def read_joint(path: Path, config: jg.Config, folder: Path) -> list[jg.JointSet]
     files = {split: reader.find_images(split) for split in ("train", "val", "test")
              if split in reader.spec or split != "test"}
     reader.raise_faults()
-    table = reader.read_table(sum(files.values(), []))
+    table = reader.read_table(sorted(set(sum(files.values(), []))))  # splits may share images
     splits = [reader.read_labels(files[split], table) for split in ("train", "val")]
     reader.check(*splits, config.tasks)
     reader.raise_faults()

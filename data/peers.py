@@ -9,8 +9,8 @@ gradients of the whole trunk, jointgrad and gradnorm-pytorch those at W, its las
 
 The check: how far is the gradient left in `.grad` from sum(w_i grad L_i), and does the slower
 task's weight go up? Which task is slower is certain: L0 is set so that r = 1.98 for the task with
-the larger gradient and 0.02 for the other. Then r^1.5 G_bar is above G, which is at most 2 G_bar:
-up is right; with the exponent's sign reversed, or without r, its weight goes down.
+the larger gradient and 0.02 for the other. Then its r^1.5 G_bar is 2.8 G_bar and above G, which is
+at most 2 G_bar: up is right; with the exponent's sign reversed, or without r, it goes down.
 """
 import importlib
 import sys
@@ -40,19 +40,14 @@ def torchjd(aggregator: str, run: jg.Run, L0: Any) -> tuple[Any, Any]:
         return autojac.jac_to_grad(trunk.parameters(), aggregate)
     return balance, lambda: None
 
-def filled(L: list[Any]) -> Any:
-    losses = torch.zeros(len(L), device=L[0].device)
-    for i, L_i in enumerate(L):
-        losses[i] = L_i
-    return losses
-
 def libmtl(gather: Any, run: jg.Run, L0: Any) -> tuple[Any, Any]:
-    """Balances the whole trunk's gradients; heads get grad L_i, without a weight. Its trainer fills
-    one tensor with the losses, so that each task's backward pass goes through every head."""
+    """Balances the whole trunk's gradients; heads get grad L_i, without a weight. Its trainer puts
+    the losses into one tensor, so that the backward pass for each task goes through every head."""
     for name in ("LibMTL", "LibMTL.weighting"):  # not run: they import torchvision and scipy
         sys.modules.setdefault(name, util.module_from_spec(util.find_spec(name)))
     model = importlib.import_module("LibMTL.weighting.GradNorm").GradNorm()
-    part = run.network.parts[0].to(memory_format=torch.contiguous_format)  # its `view` asks for it
+    # It flattens gradients by `view`, which channels_last kernels do not allow.
+    part = run.network.parts[0].to(memory_format=torch.contiguous_format)
     run.optimizers = [jg.make_optimizer(part, run.config, run.config.lr)]
     views = [p.grad.detach() for p in part.trunk.parameters()]
     model.get_share_params = part.trunk.parameters
@@ -66,7 +61,7 @@ def libmtl(gather: Any, run: jg.Run, L0: Any) -> tuple[Any, Any]:
                                        "peak": run.config.lr, "alone": True})
     def balance(P3: Any, L: list[Any]) -> Any:
         used = torch.tensor(model.backward(gather(L), alpha=ALPHA))
-        for p, view in zip(part.trunk.parameters(), views):  # .grad is new memory: back to the old
+        for p, view in zip(part.trunk.parameters(), views):  # .grad's memory is new: back to ours
             view.copy_(p.grad)
             p.grad = view.detach()
         return used
@@ -86,17 +81,17 @@ def gradnorm_pytorch(run: jg.Run, L0: Any) -> tuple[Any, Any]:
         return used
     return balance, lambda: weighter.loss_weights
 
-PEERS = (  # name, maker, what pip installs, modules that this brings
-    ("torchjd PCGrad", partial(torchjd, "PCGrad"), "torchjd", ("torchjd",)),
+PEERS = (  # name, maker, what pip installs, modules that come with it
+    ("torchjd PCGrad", partial(torchjd, "PCGrad"), "torchjd", "torchjd"),
     ("torchjd UPGrad", partial(torchjd, "UPGrad"), '"torchjd[quadprog_projector]"',
-     ("torchjd", "qpsolvers", "quadprog")),
-    ("LibMTL GradNorm", partial(libmtl, filled), "--no-deps LibMTL", ("LibMTL",)),
-    ("LibMTL GradNorm, list of losses", partial(libmtl, list), "--no-deps LibMTL", ("LibMTL",)),
-    ("gradnorm-pytorch", partial(gradnorm_pytorch), "gradnorm-pytorch", ("gradnorm_pytorch",)))
+     "torchjd quadprog"),
+    ("LibMTL GradNorm", partial(libmtl, torch.stack), "--no-deps LibMTL", "LibMTL"),
+    ("LibMTL GradNorm, list of losses", partial(libmtl, list), "--no-deps LibMTL", "LibMTL"),
+    ("gradnorm-pytorch", partial(gradnorm_pytorch), "gradnorm-pytorch", "gradnorm_pytorch"))
 
 def missing() -> list[str]:
     return [f"{name}: not installed; pip install {package}" for name, _, package, modules in PEERS
-            if not all(map(util.find_spec, modules))]
+            if not all(map(util.find_spec, modules.split()))]
 
 def forward(part: Any, batch: Any, losses: dict, autocast: Any) -> tuple[Any, list[Any]]:
     with autocast:
@@ -128,7 +123,7 @@ def check(make: Any, run: jg.Run, batch: Any) -> tuple[Any, dict[str, Any]]:
     for key, want in (("error", w @ J), ("error_to_plain_sum", J.sum(0))):
         found[key] = [((x - y).norm() / y.norm()).item() for x, y in zip(left, want.split(sizes))]
     moved = 0.0 if weights() is None else (weights() - w)[slow]
-    found["slower_task"] = "up" if moved > 0 else "down" if moved < 0 else None
+    found["weight_of_slower_task"] = "up" if moved > 0 else "down" if moved < 0 else None
     return balance, found | {"note": " ".join(make.func.__doc__.split())}
 
 def peer_variants(config: jg.Config, device: Any) -> list[tuple[str, str, Any, dict[str, Any]]]:
@@ -136,9 +131,9 @@ def peer_variants(config: jg.Config, device: Any) -> list[tuple[str, str, Any, d
     data, _ = jg.load_data(replace(config, train_images=config.batch_size, val_images=2))
     batch, variants = data.batch(np.arange(config.batch_size) % len(data), device), []
     for name, make, _, modules in PEERS:
-        if all(map(util.find_spec, modules)):
+        if all(map(util.find_spec, modules.split())):
             run = jg.Run(replace(config, mode="equal"), data, device)  # GradNorm's network
             balance, found = check(make, run, batch)
             step = partial(jg.train_step, run, batch, 0.5, partial(backward, balance))
-            variants.append((name, metadata.version(modules[0]), step, found))
+            variants.append((name, metadata.version(modules.split()[0]), step, found))
     return variants
