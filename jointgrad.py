@@ -1078,7 +1078,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
     except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:120]})")
 
 def key_comments() -> dict[str, str]:
     """What config.yaml says of each key: its range, also in an error, and its line in --help."""
@@ -1394,7 +1394,7 @@ def run_program(parser: argparse.ArgumentParser, job: Callable,
     """job(options, settings) -> 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
     argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
             for word in (sys.argv[1:] if argv is None else argv)]  # --batch-size is --batch_size
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # a bad image is told of as an error
+    warnings.simplefilter("ignore")  # a bad image is an error, a missing glyph a little box
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:

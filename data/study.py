@@ -255,11 +255,13 @@ def time_variants(args: Any, settings: dict[str, Any]) -> dict[str, Any]:
             part.heads[task], run.losses[task] = copy.deepcopy(part.heads["cls"]), run.losses["cls"]
         run.optimizers[0] = jg.make_optimizer(part, config, config.lr)  # of the added heads, too
     steps = {a: partial(jg.train_step, run, batch, 0.5, WAYS[a][1]) for a, run in runs.items()}
+    if args.peers and args.tasks != 2:
+        raise jg.UserError("--peers: they are timed with two tasks; leave --tasks out")
     if args.peers:
         import peers  # beside this file; needs packages that nothing else needs
         for name, version, step, found in peers.peer_variants(config, device):
             steps[f"{name} {version}"], checks[f"{name} {version}"] = step, found
-        print(*peers.missing(), sep="\n")
+        sys.stdout.writelines(f"{line}\n" for line in peers.missing())
     wall, cpu = time_interleaved(list(steps.values()), args.rounds, device)  # (steps, rounds) each
     forwards = [partial(torch.no_grad()(run.network.eval()), batch.images) for run in runs.values()]
     forward = time_interleaved(forwards, 20, device)[0]
@@ -304,8 +306,9 @@ def report_bench(results: dict[str, Any]) -> str:
     rows = [{"variant": a, "step_ms": list(x.values()),
              "over fixed": list(results["ratios"][f"{a}/fixed"].values())}
             | {key: results[key].get(a) for key in keys} for a, x in results["step_ms"].items()]
-    return f"Least / median / largest of {results['rounds']} rounds\n\n{listed(rows)}" + "".join(
-        f"\n{name}: {json.dumps(check)}\n" for name, check in results["peers"].items())
+    found = [{"peer; trunk / heads": name} | check for name, check in results["peers"].items()]
+    return f"{results['rounds']} rounds: least / median / largest\n\n{listed(rows)}" + (
+        f"\n{listed(found)}" if found else "")
 
 def draw_plane(results: dict[str, Any]) -> Any:
     """What each joint mode loses or gains against the single tasks: a cross of 95 % intervals."""
