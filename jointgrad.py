@@ -1515,7 +1515,7 @@ def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     for k, item in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
         name, picture = f"val-{k}", f"{k:05d}.png"  # never a name from a file
         if isinstance(item, Path):
-            name = str(item)
+            name = str(item).encode(errors="replace").decode()  # it may be no UTF-8
             try:
                 item = read_image(item)
             except UserError as error:

@@ -135,9 +135,12 @@ class JointFolder:
         self.path, self.faults, self.notes = path, [], []
         read_text(path, limit=1)  # it may be a stranger's: no endless file, no binary one
         self.spec = jg.read_yaml(path)
-        if not isinstance(self.spec, dict) or not isinstance(self.spec.get("path", "."), str):
+        root = self.spec.get("path", ".") if isinstance(self.spec, dict) else None
+        if not isinstance(root, str):
             raise jg.UserError(f"{path}: expected path, train, val, names, classification_names")
-        self.root = path.parent / self.spec.get("path", ".")
+        if "\0" in root:
+            raise jg.UserError(f"{path}: path: {root[:60]!r} cannot be read")
+        self.root = path.parent / root
         self.names, self.labels = self.class_names("names"), []
         if "classification_names" in self.spec:
             self.labels = self.class_names("classification_names")
