@@ -74,8 +74,7 @@ from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("detect", "classify",  # single-task references
-         "fixed", "equal",  # a shared trunk under `initial_weights`, or weights (1, 1)
-         "detach", "gradnorm",  # as equal, but the classifier leaves the trunk alone; GradNorm
+         "fixed", "equal", "detach", "gradnorm",  # a shared trunk; equal, detach: weights (1, 1)
          "dual")  # two networks
 
 class UserError(ValueError):
@@ -628,8 +627,7 @@ def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[s
         labels = [k for k in train_set.labels if k != NO_LABEL]
         counts = np.bincount(labels, minlength=len(train_set.classification_names)).clip(1)
         weights = len(labels) / (len(counts) * counts) if config.class_balance else counts**0.0
-        device = next(network.parameters()).device
-        weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        weights = torch.tensor(np.float32(weights), device=next(network.parameters()).device)
         losses["cls"] = partial(classification_loss, class_weights=weights)
     return losses
 
