@@ -506,9 +506,8 @@ def test_frames_hold_one_to_three_jets_in_their_boxes_and_the_views_cue(c):
 
 @pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
 def test_best_possible_accuracy_is_0_970_at_every_dominance(c, monkeypatch):
-    """Along (sqrt(1-c), sqrt(c)) the cue is N(v - 1, 1/4²): an end view errs with Phi(-2), the
-    middle one with twice that; across, the views are alike. g and t are read where the frame takes
-    them: half-angle 0.62 + 0.13 g, grain 0.9 1.4^t px."""
+    """Along (sqrt(1-c), sqrt(c)) the cue is N(v - 1, 1/4²), so 1 - 4/3 Phi(-2) are right; across,
+    views are alike. g and t as the frame takes them: half-angle 0.62 + 0.13 g, grain 0.9 1.4^t."""
     def place_jets(rng, apex, radius, half_angle):
         frame.append((half_angle - 0.62) / 0.13)
         return np.zeros((0, 4))
@@ -524,10 +523,8 @@ def test_best_possible_accuracy_is_0_970_at_every_dominance(c, monkeypatch):
         frames.append([jg.synthetic_sample(0, "train", i, 16, c)[2], frame])
     view, (t, g) = np.array([view for view, _ in frames]), np.array([f for _, f in frames]).T
     along = math.sqrt(1 - c) * g + math.sqrt(c) * t
-    accuracy = np.mean(np.digitize(along, [-0.5, 0.5]) == view)
-    closed = 1 - 4 / 3 * 0.5 * math.erfc(2 / math.sqrt(2))
-    assert closed == pytest.approx(0.970, abs=5e-4)
-    assert accuracy == pytest.approx(closed, abs=0.01)  # 3 deviations of 3,000 draws
+    right = np.digitize(along, [-0.5, 0.5]) == view
+    assert right.mean() == pytest.approx(0.970, abs=0.01)  # 3 deviations of 3,000 draws
     across = math.sqrt(c) * g - math.sqrt(1 - c) * t
     assert abs(np.corrcoef(across, view)[0, 1]) < 0.06  # as above
     assert (along - view + 1).std() == pytest.approx(0.25, abs=0.01)  # as above
@@ -1049,7 +1046,6 @@ def test_run_writes_the_contract(runs, mode):
     assert weights["initial"] == given
     assert weights["change"] == pytest.approx(np.subtract(weights["final"], given))
     assert any(abs(x) > 1e-3 for x in weights["change"]) == (mode == "gradnorm")
-    assert mode != "gradnorm" or sum(weights["final"]) == pytest.approx(2)
     keys = {f"{key}/{task}" for task in tasks for key in (
         "L", "w", *["G"] * shared, *["r"] * (mode == "gradnorm"))}
     keys |= {"step", "epoch", "loss", "grad_norm", *["cosine", "similarity"] * shared}
@@ -1057,6 +1053,11 @@ def test_run_writes_the_contract(runs, mode):
         assert row.keys() - {"time", "val"} == keys
         assert row["loss"] == pytest.approx(sum(row[f"w/{t}"] * row[f"L/{t}"] for t in tasks))
     assert [rows[0][f"w/{task}"] for task in tasks] == pytest.approx(given)  # float32
+    if mode == "gradnorm":  # nothing but the balancer moves w: replayed from the log
+        L, w, G = (double([[row[f"{key}/{t}"] for t in tasks] for row in rows]) for key in "LwG")
+        b = balancer(given, lr=0.025, w_min=0.001)
+        replayed = torch.stack([b.update(*step) for step in zip(L, G / w)])
+        torch.testing.assert_close(replayed[:-1], w[1:], rtol=1e-4, atol=0)  # float32
     assert [row["step"] for row in rows] == [*range(6)] and rows[-1]["val"] == results["val"]
     assert [row["epoch"] for row in rows if "val" in row] == [1, 2]  # every second, and the last
     losses = [row["loss"] for row in rows]
@@ -1127,9 +1128,9 @@ def test_predict_draws_images_of_every_odd_name_and_skips_a_bad_one(runs, tmp_pa
     assert re.search("warning: .*bad.png: not a readable image.*skipped", capsys.readouterr().err)
 
 def test_predictor_puts_a_planted_box_where_it_is_in_a_file_or_an_opened_image(runs, tmp_path):
-    """160 x 80 px on a canvas of 64 x 32: 16 x 8 px about (24, 12) are 40 x 20 about (60, 30). The
-    file holds 80 x 160 px of 16-bit grey and EXIF's order to turn them."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (160, 80), np.uint16))
+    """160 x 60 px are 64 x 24, from y = 4 of a canvas: 16 x 8 px about (24, 12) are 40 x 20 about
+    (60, 20). The file holds 60 x 160 px of 16-bit grey and EXIF's order to turn them."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (160, 60), np.uint16))
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.png", exif=exif)
@@ -1140,7 +1141,7 @@ def test_predictor_puts_a_planted_box_where_it_is_in_a_file_or_an_opened_image(r
     found = predictor(tmp_path / "x.png")
     (box,), answer = found["boxes"], found["classification"]
     assert box["name"] == list(jg.JETS)[2]
-    assert box["box_xyxy"] == pytest.approx([40, 20, 80, 40], abs=1e-3)  # float32 of 160 px
+    assert box["box_xyxy"] == pytest.approx([40, 10, 80, 30], abs=1e-3)  # float32 of 160 px
     assert answer["name"] == max(answer["probs"], key=answer["probs"].get) in jg.VIEWS
     with Image.open(tmp_path / "x.png") as opened:
         assert predictor(opened) == found
@@ -1243,10 +1244,10 @@ def test_killed_run_resumes_to_the_same_result(tmp_path):
     arguments = ["--out", out, *options(epochs=6)]
     rows = lambda: log.read_bytes().count(b"\n") if log.exists() else 0  # noqa: E731
     for later in (0, 0.1):  # s after a row
-        before, deadline = rows(), time.time() + 60
+        before = rows()
         child = subprocess.Popen([sys.executable, jg.__file__, *map(str, arguments)],
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while child.poll() is None and rows() <= before and time.time() < deadline:
+        while child.poll() is None and rows() <= before:
             time.sleep(0.005)
         time.sleep(later)
         child.kill()
@@ -1475,7 +1476,6 @@ def test_compare_prints_its_runs_for_xargs_and_then_only_evaluates(tmp_path, mon
     assert len(made) == 24 and made == {f: f.stat().st_mtime_ns for f in tmp_path.glob("runs/*/*")}
     results = results_of(tmp_path)
     assert "| equal " in (tmp_path / "compare.md").read_text()
-    assert Image.open(tmp_path / "figure.png").width > 400
     results["seeds"], results["labels"] = [1], [["detect", None, None]]  # one cell, to repeat it
     for moved, metric in enumerate(("mAP50-95", "mAP50")):
         q = results["modes"]["detect"][metric]
@@ -1496,6 +1496,5 @@ def test_bench_times_every_variant_and_its_ratio_to_a_plain_step(tmp_path, monke
     results = results_of(tmp_path / "out")
     assert list(results["step_ms"]) == ["fixed", "gradnorm", "textbook", "dual"]
     assert {"gradnorm/fixed", "textbook/fixed", "dual/fixed"} <= set(results["ratios"])
-    assert set(results["ratios"]["dual/fixed"]) == {"median", "min", "max"}
     assert all(x > 0 for x in results["images_per_s"].values())
     assert Image.open(tmp_path / "out/figure.png").width > 400
