@@ -45,7 +45,7 @@ import math
 import os
 import platform
 import re
-import resource
+import signal
 import sys
 import time
 import warnings
@@ -53,6 +53,9 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_type_hints
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 # Idle OpenMP threads that spin make a step up to 20 times slower on a shared machine. Read once,
 # when torch loads; the third is what torch asks for to be deterministic on CUDA.
@@ -94,7 +97,7 @@ class Config:
     data: str
     init: str
     seed: Whole(0, 2**31)
-    device: Literal["auto", "cpu", "cuda", "mps"]
+    device: Annotated[str, msgspec.Meta(pattern=r"^(auto|cpu|mps|cuda|(cuda:)?\d+)$")]
     threads: Whole(1, 256)
     amp: Literal["none", "bf16"]
     initial_weights: tuple[Real(1e-6, 1e6), Real(1e-6, 1e6)]
@@ -721,7 +724,7 @@ def average_precision(truth: list[np.ndarray], found: list[np.ndarray], num_clas
 
 @torch.no_grad()
 def evaluate(network: Network, data: JointSet, config: Config) -> dict[str, Any]:
-    """METRICS of a split, None without the task or its labels; per_class, NaN without samples."""
+    """METRICS of a split, None without labels; per_class; confusion (C, C), class by guess."""
     device, was_training = next(network.parameters()).device, network.training
     network.eval()
     found, guess = [], []
@@ -740,12 +743,14 @@ def evaluate(network: Network, data: JointSet, config: Config) -> dict[str, Any]
             metrics |= {"mAP50": float(ap[0, have].mean()), "mAP50-95": float(ap[:, have].mean())}
         per_class["AP50"] = dict(zip(data.names, ap[0].tolist()))
     if guess:
-        labels, right = np.array(data.labels), np.equal(data.labels, guess)
-        recall = [float(right[labels == k].mean()) if (labels == k).any() else math.nan
-                  for k in range(len(data.classification_names))]
-        if not np.isnan(recall).all():  # else the split has no class
-            metrics |= {"accuracy": float(right[labels != NO_LABEL].mean()),
+        C, pairs = len(data.classification_names), [*zip(data.labels, guess)]
+        confusion = np.array([[pairs.count((k, j)) for j in range(C)] for k in range(C)])
+        count, right = confusion.sum(1), confusion.diagonal()  # (C,) each; NO_LABEL is no row
+        recall = [float(r / n) if n else math.nan for r, n in zip(right, count)]
+        if count.any():  # else the split has no class
+            metrics |= {"accuracy": float(right.sum() / count.sum()),
                         "balanced_accuracy": float(np.nanmean(recall))}
+        metrics["confusion"] = confusion.tolist()
         per_class["accuracy"] = dict(zip(data.classification_names, recall))
     return metrics | {"per_class": per_class}
 
@@ -1068,7 +1073,7 @@ def check_smoke(reported: dict, measured: dict[str, list]) -> list[dict[str, Any
     return checks
 
 # --------------------------------------------------------------------------------------------------
-# 12. Files and figures: config files, checkpoints, results, tables, pictures
+# 12. Files: config files, checkpoints, results, tables
 # --------------------------------------------------------------------------------------------------
 
 def read_yaml(path: Path) -> Any:
@@ -1112,8 +1117,6 @@ def load_config(path: Path, settings: dict[str, Any]) -> Config:
     config = make_config(shipped | given if isinstance(given, dict) else given, str(path))
     return make_config(asdict(config) | settings, "command line")
 
-COLOURS = {"det": "#1f77b4", "cls": "#d62728"}
-
 def to_json(value: Any) -> bytes:
     """One line of JSON: tuples and arrays are lists, NaN is null."""
     return msgspec.json.encode(value, enc_hook=lambda x: x.tolist())
@@ -1156,78 +1159,19 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
-def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its axes (rows, columns), without pyplot; matplotlib loads for figures alone."""
-    from matplotlib import figure, rcParams
-    rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
-    fig = figure.Figure(size)
-    return fig, fig.subplots(rows, columns, squeeze=False)
-
-def save_figure(fig: Any, path: Path) -> None:
-    """Writes the figure as PNG, the same bytes for the same data."""
-    fig.tight_layout()
-    fig.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-
-def draw_picture(ax: Any, image: Any, found: dict, title: str, names: list[str]) -> None:
-    """An image, its boxes and its class, as a Predictor or `labelled` gives them."""
-    ax.imshow(image)
-    for box in found["boxes"][::-1]:  # the best last, on top
-        (x1, y1, x2, y2), colour = box["box_xyxy"], f"C{names.index(box['name']) % 10}"
-        ax.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour)
-        text = box["name"] + (f" {box['score']:.2f}" if "score" in box else "")
-        ax.text(x1, y1, text, fontsize=7, color="white", backgroundcolor=colour, parse_math=False)
-    ax.set_title(f"{title} {(found['classification'] or {'name': ''})['name']}", parse_math=False)
-    ax.axis("off")
-
-def labelled(data: JointSet, i: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Image i of a split, and its labels in the form in which a Predictor answers."""
-    boxes = [{"name": data.names[int(k)], "box_xyxy": box} for k, *box in data.truth(i).tolist()]
-    name = "" if data.labels[i] == NO_LABEL else data.classification_names[data.labels[i]]
-    return data.pixels[i], {"boxes": boxes, "classification": {"name": name}}
-
-def draw_data(data: JointSet, path: Path) -> None:
-    """Nine labelled images of a split, evenly spaced."""
-    fig, axes = panels(3, 3, (9, 9))
-    for ax, i in zip(axes.flat, np.linspace(0, len(data) - 1, 9).astype(int)):
-        draw_picture(ax, *labelled(data, i), f"image {i}:", data.names)
-    save_figure(fig, path)
-
-def draw_run(run: Run, data: JointSet, predictor: Predictor, path: Path) -> None:
-    """The figure of one run: its curves, and four validation images, truth above prediction."""
-    fig, axes = panels(3, 4, (13, 9.5))
-    rows, curve = run.rows, [row for row in run.rows if "val" in row]
-    scores = {"det": "mAP50-95", "cls": "balanced_accuracy"}
-    for task in run.config.tasks:
-        lines = [[row[f"w/{task}"] for row in rows], [row[f"L/{task}"] for row in rows]]
-        if "cosine" in rows[0]:
-            lines += [[row[f"G/{task}"] / (row["G/det"] + row["G/cls"] + 1e-30) for row in rows]]
-        for ax, line in zip(axes[0], lines):
-            ax.plot(np.convolve(np.pad(line, 5, "edge"), np.ones(11) / 11, "valid"),
-                    color=COLOURS[task], label=task)
-        axes[0, 3].plot([row["step"] for row in curve], [row["val"][scores[task]] for row in curve],
-                        "o-", color=COLOURS[task], label=scores[task])
-    for ax, title in zip(axes[0], ("Task weights w", "Training losses L, unweighted",
-                                   "Share of G = w n, if a trunk is shared", "Validation")):
-        ax.set(title=title, xlabel="step (means of 11)")
-        ax.legend(*ax.get_legend_handles_labels())
-    for i, (above, below) in enumerate(axes[1:].T):
-        image, truth = labelled(data, i % len(data))  # a split may hold fewer than four
-        draw_picture(above, image, truth, "truth:", data.names)
-        draw_picture(below, image, predictor(image), "predicted:", data.names)
-    fig.suptitle(f"{run.config.mode}, {run.config.data}, seed {run.config.seed}", parse_math=False)
-    save_figure(fig, path)
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The mapping in a file of torch's, read without running any code in it."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
+        raise UserError(f"{path}: no checkpoint ({type(error).__name__}); see --help") from error
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of this program, read without running any code in it."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if dict(state)["format"] != "jointgrad/2" or not {"config", "network"} <= state.keys():
-            raise ValueError  # or TypeError: a bare tensor is no mapping
-        return state
-    except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
-        raise UserError(f"{path}: not a checkpoint of jointgrad ({type(error).__name__}); give a "
-                        "run's best.pt or last.pt") from error
+    """The content of a checkpoint of this program."""
+    state = read_tensors(path)
+    if state.get("format") != "jointgrad/2" or not {"config", "network"} <= state.keys():
+        raise UserError(f"{path}: not a checkpoint of jointgrad; give a run's best.pt or last.pt")
+    return state
 
 def save_epoch(run: Run, train_set: JointSet, out: Path) -> None:
     """Adds an epoch to the log, replaces last.pt, and best.pt if validation was never as good."""
@@ -1239,40 +1183,55 @@ def save_epoch(run: Run, train_set: JointSet, out: Path) -> None:
     buffer = io.BytesIO()  # torch's own writer hides the reason of a failure
     torch.save({"format": "jointgrad/2", "config": clean(asdict(run.config)),
                 "names": train_set.names, "classification_names": train_set.classification_names,
-                "epoch": run.epoch, "rows": run.rows, "w": run.w,
-                "network": run.network.state_dict(),
+                "fingerprint": train_set.fingerprint, "epoch": run.epoch, "rows": run.rows,
+                "w": run.w, "network": run.network.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
                 "balancer": run.balancer and run.balancer.state_dict()}, buffer)
     for name in ["best.pt"] * best + ["last.pt"]:  # last.pt last: it says where to resume
         write_atomic(out / name, buffer.getvalue())
 
-FREE = dict.fromkeys(("device", "threads", "cache_mb"))  # settings that --resume may change
+FREE = dict.fromkeys(("device", "threads", "cache_mb", "data"))  # that --resume may change
 
-def restore(run: Run, last: Path) -> None:
-    """Puts a begun run back to where its last.pt stands; UserError if that has other settings."""
+def restore(run: Run, last: Path, fingerprint: str) -> None:
+    """Puts a begun run back to where its last.pt stands; UserError for other settings or data."""
     state = load_checkpoint(last)
-    try:
-        if state["config"] | FREE != clean(asdict(run.config)) | FREE:
-            raise ValueError("other settings: the optimizers' and w would stay the old ones")
-        run.epoch, run.rows, run.w = state["epoch"], state["rows"], state["w"].to(run.device)
-        run.network.load_state_dict(state["network"])
-        for optimizer, saved in zip(run.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        if run.balancer:
-            run.balancer.load_state_dict(state["balancer"])
-    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+    if state["config"] | FREE != clean(asdict(run.config)) | FREE:
         raise UserError(f"{last}: does not fit the config.yaml beside it; resume a run with its "
-                        "own settings") from error
+                        "own settings")
+    if state.get("fingerprint") != fingerprint:
+        raise UserError(f"{last}: trained on other images or labels than {run.config.data}; a run "
+                        "goes on with its own, wherever they lie")
+    run.epoch, run.rows, run.w = state["epoch"], state["rows"], state["w"].to(run.device)
+    run.network.load_state_dict(state["network"])
+    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    if run.balancer:
+        run.balancer.load_state_dict(state["balancer"])
 
-def warm_start(run: Run, path: Path) -> None:
-    """Lays the trunk and the detection head of a checkpoint over those of a new run."""
-    saved, own = load_checkpoint(path)["network"], run.network.state_dict()
-    kept = ("parts.0.trunk.", "parts.0.heads.det." if "det" in run.config.tasks else "-")
-    shapes = [{key: x.shape for key, x in network.items() if key.startswith(kept)}
-              for network in (saved, own)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"init {path}: its detector has another width, depth or number of classes")
-    run.network.load_state_dict(own | {key: saved[key] for key in shapes[0]})
+DETECTOR = ("parts.0.trunk.", "parts.0.heads.det.")  # where a state_dict keeps it, in order
+
+def warm_start(run: Run, path: Path) -> str:
+    """Lays a saved detector's tensors over a new run's, in order, where shapes agree.
+
+    path: a checkpoint of this program, or a YOLOv5's plain state_dict: its modules stand in the
+    same order. Returns what was taken; UserError where the trunk or the depth is another.
+    """
+    saved, own, unit = read_tensors(path), run.network.state_dict(), torch.tensor(STRIDES)
+    if "format" in saved:
+        network, unit = load_checkpoint(path)["network"], torch.ones(3)  # anchors: px
+        saved = {key: x for key, x in network.items() if key.startswith(DETECTOR)}
+    anchors = [saved.pop(key) for key in list(saved) if key.endswith(("anchors", "anchor_grid"))]
+    slots = [key for key in own if key.startswith(DETECTOR) and not key.endswith("anchors")]
+    taken = {key: x for key, x in zip(slots, saved.values())
+             if getattr(x, "shape", None) == own[key].shape}
+    left = [key for key in slots if key not in taken]  # as of another number of classes
+    if len(saved) != len(slots) and "det" in run.config.tasks or any("trunk" in x for x in left):
+        raise UserError(f"init {path}: no detector of this width_multiple and depth_multiple; give "
+                        "a run's best.pt, or a YOLOv5's plain state_dict")
+    run.network.load_state_dict(own | taken)
+    if anchors and "det" in run.config.tasks:
+        run.network.parts[0].heads["det"].anchors.copy_(anchors[0] * unit.view(3, 1, 1))
+    return f"init {path}: took {len(taken)} tensors, left {', '.join(left) or 'none'}"
 
 class Predictor:
     """A trained network: `Predictor("best.pt")("image.jpg")` -> its boxes and its image class."""
@@ -1289,14 +1248,11 @@ class Predictor:
     def __call__(self, image: Any) -> dict[str, Any]:
         """boxes [{name, score > predict_conf, box_xyxy px}], classification {name, probs} or None.
 
-        image: a file, an image opened by Pillow, or pixels (H, W, 3) with sides of n x 32 px.
+        image: a file, an image opened by Pillow, or its pixels (H, W, 3), RGB, uint8.
         """
-        if isinstance(image, np.ndarray):
-            pixels, size, (left, top, w, h) = image, image.shape[1::-1], (0, 0, *image.shape[1::-1])
-        else:
-            from data.joint import read_image, to_canvas
-            image = read_image(image)
-            (pixels, (left, top, w, h)), size = to_canvas(image, self.config.imgsz), image.size
+        from data.joint import read_image, to_canvas
+        image = read_image(image)
+        (pixels, (left, top, w, h)), size = to_canvas(image, self.config.imgsz), image.size
         device = next(self.network.parameters()).device
         images = torch.tensor(pixels, device=device).permute(2, 0, 1)[None] / 255
         outputs, found = self.network(images), {"boxes": [], "classification": None}
@@ -1312,9 +1268,11 @@ class Predictor:
             found["classification"] = {"name": max(probs, key=probs.get), "probs": probs}
         return found
 
-def describe(train_set: JointSet, val_set: JointSet, anchors: Any) -> dict[str, Any]:
+def describe(run: Run, train_set: JointSet, val_set: JointSet) -> dict[str, Any]:
     """What a data set holds: images, boxes and classes of each split, canvas, anchors."""
-    found = {"fingerprint": train_set.fingerprint, "canvas": train_set.canvas, "anchors": anchors}
+    heads = run.network.parts[0].heads
+    found = {"fingerprint": train_set.fingerprint, "canvas": train_set.canvas,
+             "anchors": heads["det"].anchors.tolist() if "det" in heads else None}
     for split, data in (("train", train_set), ("val", val_set)):
         boxes = np.concatenate(data.boxes)[:, 0].tolist()
         found[split] = {"images": len(data), "images without class": data.labels.count(NO_LABEL)}
@@ -1334,10 +1292,17 @@ def cost(network: Network, canvas: tuple[int, int]) -> dict[str, Any]:
     network.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, *canvas, device=next(network.parameters()).device))
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
     return {"parameters": counts | {"total": sum(counts.values())},
-            "flops_per_image": counter.get_total_flops(),
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+            "flops_per_image": counter.get_total_flops(), "peak_rss_mb": peak_rss_mb()}
+
+def peak_rss_mb() -> float | None:
+    """The most memory that this process has held; None on Windows, which has no `resource`."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on beside the code and the config: versions, device, threads."""
@@ -1352,14 +1317,15 @@ def summarise(run: Run, dataset: dict[str, Any], start_s: float) -> dict[str, An
     total = {key: sum(row.get("time", {}).get(key, 0) for row in rows)
              for key in ("train_s", "train_cpu_s", "eval_s")}
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]
-              if key in ("loss", "cosine", "similarity", "G/det", "G/cls")}
+              if key not in ("time", "val")}
     interference = None  # where the tasks share no trunk
     if "cosine" in column:
-        share = np.mean(column["G/det"] / (column["G/det"] + column["G/cls"] + 1e-30))
+        G = np.array([column[f"G/{task}"] for task in config.tasks])  # (T, steps)
+        share = (G / G.sum(0).clip(1e-30)).mean(1)
         interference = {"cosine_mean": column["cosine"].mean(),
                         "conflict_share": (column["cosine"] < 0).mean(),
                         "magnitude_similarity": column["similarity"].mean(),
-                        "gradient_share": {"det": share, "cls": 1 - share}}
+                        "gradient_share": dict(zip(config.tasks, share))}
     return {
         "schema": "jointgrad/2", "mode": config.mode, "seed": config.seed, "data": config.data,
         "config": asdict(config), "environment": environment(run.device), "dataset": dataset,
@@ -1421,57 +1387,80 @@ def new_folder(out: Path | None, name: str) -> Path:
 
 def pick_device(name: str) -> torch.device:
     """The device asked for; auto: the first there is of cuda, mps, cpu. UserError if absent."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+    kind, index = name, int(os.environ.get("LOCAL_RANK", 0))
+    if name[-1].isdigit():  # 0 and cuda:0 are the first GPU
+        kind, index = "cuda", int(name.rpartition(":")[2])
+    have = {"cuda": torch.cuda.device_count() > index, "mps": torch.backends.mps.is_available(),
             "cpu": True}
-    name = next(key for key in have if have[key]) if name == "auto" else name
-    if not have[name]:
+    kind = next(key for key in have if have[key]) if kind == "auto" else kind
+    if not have[kind]:
         raise UserError(f"--device {name}: this machine or this torch has none; use --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    return torch.device(kind, index if kind == "cuda" else None)
 
 def run_training(config: Config, out: Path, resume: bool) -> None:
     """Trains, saving log and checkpoint each epoch; then results.json, figure and closing table."""
     device, started = pick_device(config.device), time.perf_counter()
     train_set, val_set = load_data(config, out)
     run = Run(config, train_set, device)
-    if config.init:
-        warm_start(run, Path(config.init))
+    told = ""
     if resume and (out / "last.pt").exists():
-        restore(run, out / "last.pt")
-    heads, start_s = run.network.parts[0].heads, time.perf_counter() - started
-    anchors = heads["det"].anchors.tolist() if "det" in heads else None
-    dataset = describe(train_set, val_set, anchors)
+        restore(run, out / "last.pt", train_set.fingerprint)
+        told = f"resumed after epoch {run.epoch} of {config.epochs}"
+    elif config.init:
+        told = warm_start(run, Path(config.init))
+    dataset, start_s = describe(run, train_set, val_set), time.perf_counter() - started
     if run.rank == 0:
         write_atomic(out / "config.yaml", yaml.safe_dump(clean(asdict(config)), sort_keys=False))
         write_atomic(out / "metrics.jsonl", b"".join(to_json(row) + b"\n" for row in run.rows))
-        print_header(run, dataset, train_set.notes)
+        print_header(run, dataset, train_set.notes, told)
     for _ in train(run, train_set, val_set):
         if run.rank == 0:
             save_epoch(run, train_set, out)
+            if not sys.stderr.isatty():  # there the progress bar is silent
+                print(epoch_line(run), file=sys.stderr)
     if run.rank > 0:
         return
+    from data import figures
     results = {"config": asdict(config), "dataset": dataset}
     if config.epochs == 0:
-        draw_data(train_set, out / "figure.png")
+        figures.save(figures.draw_data(train_set), out / "labels.png")
     else:
         results = clean(summarise(run, dataset, start_s))
-        draw_run(run, val_set, Predictor(out / "last.pt"), out / "figure.png")
-        shown = [[m, results["val"][m]] for m in METRICS] + [
+        figures.save(figures.draw_run(run, val_set), out / "figure.png")
+        shown = [[key, x] for key, x in results["val"].items() if isinstance(x, float)] + [
             [f"{part} {key}", x] for part in ("weights", "loss", "time")
             for key, x in results[part].items()]
         print(markdown([f"{config.mode}, seed {config.seed}", "value"], shown))
     write_json(out / "results.json", results)
     print(f"written to {out}/: {', '.join(sorted(os.listdir(out)))}")
 
-def print_header(run: Run, dataset: dict[str, Any], notes: list[str]) -> None:
+def epoch_line(run: Run) -> str:
+    """The last epoch: mean loss and weight of each task, and the metrics if there are any."""
+    rows = [row for row in run.rows if row["epoch"] == run.epoch - 1]
+    told = {key: np.mean([row[key] for row in rows]) for key in rows[0] if key[:2] in ("L/", "w/")}
+    told |= {key: x for key, x in rows[-1].get("val", {}).items() if isinstance(x, float)}
+    return f"epoch {run.epoch}/{run.config.epochs}: " + ", ".join(
+        f"{key} {x:.3f}" for key, x in told.items())
+
+def print_header(run: Run, dataset: dict[str, Any], notes: list[str], told: str) -> None:
     """What is about to be computed, where, on which data; and what was odd about them."""
-    for note in notes[:10] + [f"{len(notes)} warnings in all"] * (len(notes) > 10):
+    config, images = run.config, dataset["train"]["images"]
+    notes = notes[:10] + [f"{len(notes)} warnings in all"] * (len(notes) > 10)
+    if config.batch_size > images:
+        notes.append(f"batch_size {config.batch_size}: an epoch is one step of {images} images")
+    for note in notes:
         print(f"warning: {note}", file=sys.stderr)
-    print(f"jointgrad {run.config.mode}: torch {torch.__version__}, {run.device}, "
-          f"{run.config.threads} thread(s), seed {run.config.seed}, {run.config.data}\n")
+    print(f"jointgrad {config.mode}: torch {torch.__version__}, {run.device}, "
+          f"{config.threads} thread(s), seed {config.seed}, {config.data}\n")
     print(markdown(["", "train", "val"], [[name, count, dataset["val"][name]]
                                           for name, count in dataset["train"].items()]))
     print(f"canvas {dataset['canvas'][1]} x {dataset['canvas'][0]} px; anchors, px: "
-          f"{dataset['anchors'] and np.round(dataset['anchors']).astype(int).tolist()}\n")
+          f"{dataset['anchors'] and np.round(dataset['anchors']).astype(int).tolist()}")
+    if "det" in config.tasks:
+        loss, times = run.losses["det"], config.batch_size**config.det_loss_times_batch
+        print(f"detection loss: {times} x ({config.box_gain:.3g} box + {loss.obj_gain:.3g} "
+              f"objectness + {loss.cls_gain:.3g} class)")
+    print(told + "\n")
 
 def run_reproduce(out: Path) -> int:
     """The report's smoke test over ten seeds; 1 unless every number of the report is met."""
@@ -1508,21 +1497,22 @@ def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
         metrics = evaluate(predictor.network, data, predictor.config)
         items = data.paths or list(data.pixels)
         print(markdown(["metric", "value"], [[m, metrics[m]] for m in METRICS]))
-    from data.joint import read_image
+    from data import figures, joint
     images = []
     for k, item in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
-        name, picture = f"val-{k}", f"{k:05d}.png"  # never a name from a file
+        name, picture = f"val-{k}", f"val-{k}.png"
         if isinstance(item, Path):
             name = str(item).encode(errors="replace").decode()  # it may be no UTF-8
+            picture = re.sub(r"[^\w.-]", "_", item.stem)[:50] + ".png"  # no newline, no long name
+            while (out / picture).exists():
+                picture = f"{k}-{picture}"
             try:
-                item = read_image(item)
+                item = joint.read_image(item)
             except UserError as error:
                 print(f"warning: {error}; skipped", file=sys.stderr)
                 continue
         images.append({"image": name, "picture": picture} | predictor(item))
-        fig, axes = panels(1, 1, (5, 5))
-        draw_picture(axes[0, 0], item, images[-1], "", predictor.names)
-        save_figure(fig, out / picture)
+        figures.save(figures.draw_found(item, images[-1], predictor), out / picture)
     if not images:
         raise UserError(f"--source {args.source}: no readable image there")
     write_json(out / "predictions.json", {"schema": "jointgrad/2", "mode": "predict",
@@ -1537,7 +1527,8 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
         raise UserError("--checkpoint, --source: they go with --mode predict")
     if args.resume and (args.out or args.mode or settings.keys() - FREE):
         raise UserError(f"--resume: takes no option but {', '.join(FREE)}; the others stand in "
-                        f"{args.resume / 'config.yaml'}")
+                        f"{args.resume / 'config.yaml'}. More epochs are a new run, with another "
+                        f"schedule: see --init {args.resume / 'last.pt'}")
     torch.set_num_threads(1)
     if args.mode == "predict":
         return run_predict(args, settings)
@@ -1569,5 +1560,6 @@ def main(argv: list[str] | None = None) -> int:
     return run_program(parser, job, argv)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules["jointgrad"] = sys.modules["__main__"]  # for data/joint.py: one module, not two
     sys.exit(main())

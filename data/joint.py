@@ -73,18 +73,21 @@ def parse_row(line: str, num_classes: int, num_labels: int) -> int | list[float]
 
 
 def read_image(source: Any) -> Image.Image:
-    """A file, or an image opened by Pillow, as 8-bit RGB; UserError for whatever is no image."""
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
+    """A file, pixels (H, W, 3) or an image of Pillow's as 8-bit RGB; UserError for what is none."""
     try:
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source)  # uint8; TypeError for other kinds and shapes
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"over {Image.MAX_IMAGE_PIXELS:,} pixels")
             return to_rgb(image)
     except (OSError, ValueError, SyntaxError, MemoryError, TypeError, LookupError,
             Image.DecompressionBombError) as error:
-        reason = str(error)[:60]
-        raise jg.UserError(f"{source}: not a readable image ({reason}); replace it") from error
+        name, remedy = ((f"array of {source.dtype}", "expected uint8 (H, W, 3), RGB")
+                        if isinstance(source, np.ndarray) else (source, "replace it"))
+        raise jg.UserError(f"{name}: not a readable image ({str(error)[:60]}); {remedy}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

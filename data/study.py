@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jointgrad as jg  # noqa: E402  (before torch: it sets what torch reads when it loads)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from data import figures  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def time_variants(args: Any, settings: dict[str, Any]) -> dict[str, Any]:
             "peers": checks, "environment": jg.environment(device)}
 
 # --------------------------------------------------------------------------------------------------
-# 5. Tables and figures: results -> Markdown, PNG
+# 5. Tables: results -> Markdown
 # --------------------------------------------------------------------------------------------------
 
 TABLES = ("mAP50 mAP50-95 accuracy balanced_accuracy delta_m",
@@ -296,9 +297,16 @@ def report_compare(results: dict[str, Any]) -> str:
         text += "\n" + listed([{"mode": mode} | {key: q.get(key) for key in columns.split()}
                                for mode, q in results["modes"].items()])
     for key, rows in (("delta", results["paired"]), ("measured", results["claims"])):
-        rows = [row | {key: {"mean": row[key], "ci95": row["ci95"]}, "ci95": None} for row in rows]
+        rows = [row | {key: {"mean": row[key], "ci95": row["ci95"]}, "ci95": None}
+                | {p: f"{row[p]:.4f}" for p in ("p", "p_holm") if p in row} for row in rows]
         text += f"\n{listed(rows)}" if rows else ""
-    return text
+    gains = {a: q["delta_m"]["mean"] for a, q in results["modes"].items() if "delta_m" in q}
+    if gains:
+        text += "\nBest mean gain over the single tasks, delta_m: {}, {:+.1f} %.".format(
+            *max(gains.items(), key=lambda item: item[1]))
+    open_rows = [f"{name_of((row['mode'], row['key'], row['value']))} - {row['versus']} "
+                 f"({row['metric']})" for row in results["paired"] if row["verdict"] == "undecided"]
+    return f"{text}\nUndecided: {', '.join(open_rows) or 'none'}.\n"
 
 def report_bench(results: dict[str, Any]) -> str:
     """A Markdown table of each variant's times and throughput, and what was checked of peers."""
@@ -310,79 +318,28 @@ def report_bench(results: dict[str, Any]) -> str:
     return f"{results['rounds']} rounds: least / median / largest\n\n{listed(rows)}" + (
         f"\n{listed(found)}" if found else "")
 
-def draw_plane(results: dict[str, Any]) -> Any:
-    """What each joint mode loses or gains against the single tasks: a cross of 95 % intervals."""
-    fig, axes = jg.panels(1, 1, (7.4, 5))
-    ax, paired = axes[0, 0], {(row["mode"], row["versus"]): row for row in results["paired"]}
-    ax.axvspan(-LEVEL, LEVEL, color="0.92")
-    ax.axhspan(-LEVEL, LEVEL, color="0.92")
-    ax.plot(0, 0, "*", color="gold", mec="black", ms=18)
-    points = [(paired[mode, "detect"], paired[mode, "classify"]) for mode in MODES
-              if {(mode, "detect"), (mode, "classify")} <= paired.keys()]
-    for k, (x, y) in enumerate(sorted(points, key=lambda point: point[0]["delta"])):
-        at, colour = (x["delta"], y["delta"]), f"C{MODES.index(x['mode'])}"
-        ax.errorbar(*at, *(np.ptp(q["ci95"] or [0]) / 2 for q in (y, x)), "o", c=colour, capsize=3)
-        ax.annotate(x["mode"], at, (5, 7 - 22 * (k % 2)), textcoords="offset points", c=colour)
-    ax.set(xlabel="Detection: mAP50-95, less that of `detect`",
-           ylabel="Classification: balanced accuracy, less that of `classify`",
-           title="Star: as good as alone. Grey: level. Crosses: 95 % intervals over seeds.")
-    return fig
-
-def draw_sweep(results: dict[str, Any]) -> Any:
-    """Both judged metrics over the swept value, a line a mode; flat where a mode has no value."""
-    labels, fig, axes = results["labels"], *jg.panels(1, 2, (8, 3.8))
-    ticks = list(dict.fromkeys(value for _, key, value in labels if key))
-    points = [(mode, x, q) for (mode, key, value), q in zip(labels, results["modes"].values())
-              for x in ([ticks.index(value)] if key else range(len(ticks)))]
-    for ax, (_, metric, _) in zip(axes[0], JUDGED):
-        for mode in dict.fromkeys(mode for mode, _, _ in points):
-            line = np.array([(x, q[metric]["mean"], np.ptp(q[metric]["ci95"] or [0]) / 2)
-                             for owner, x, q in points if owner == mode and metric in q])
-            ax.errorbar(*line.reshape(-1, 3).T, label=mode, c=f"C{MODES.index(mode)}", capsize=3)
-        ax.set_xticks(range(len(ticks)), ticks)
-        ax.set(xlabel=results["sweep"].partition("=")[0], title=metric.replace("_", " "))
-    axes[0, 1].legend()
-    return fig
-
-def draw_weights(results: dict[str, Any]) -> Any:
-    """GradNorm's weights and detection's share of the weighted gradients at W, over training."""
-    fig, axes = jg.panels(1, 2, (8, 3))
-    for key, q in results["trajectories"].items():
-        ax = axes[0, int(key == "share_det")]
-        ax.plot(q["median"], label=key)
-        ax.fill_between(range(len(q["median"])), q["min"], q["max"], alpha=0.25)
-        ax.set(title="Detection's share of the gradient at W" if ax is axes[0, 1] else
-               "GradNorm's task weights", xlabel="% of training; median and range over seeds")
-        ax.legend()
-    return fig
-
-def draw_bench(results: dict[str, Any]) -> Any:
-    """Time of each variant's step over that of a plain joint step."""
-    ratios, (fig, axes) = results["ratios"], jg.panels(1, 1, (7.4, 2.6))
-    bars = axes[0, 0].barh(list(ratios), [x["median"] for x in ratios.values()])
-    axes[0, 0].bar_label(bars, fmt="%.2f")
-    axes[0, 0].set_title("Time of a step over that of a plain joint step")
-    return fig
-
 # --------------------------------------------------------------------------------------------------
 # 6. Command line: compare, check, bench
 # --------------------------------------------------------------------------------------------------
 
-def publish(out: Path, results: dict[str, Any], report: Any, **figures: Any) -> dict[str, Any]:
+def publish(out: Path, results: dict[str, Any], report: Any, **draws: Any) -> dict[str, Any]:
     """Writes results.json, the report and the figures; the results as JSON has them."""
     results = jg.clean({"schema": "jointgrad/2", "command": shlex.join(sys.argv)} | results)
     text = f"    python {results['command']}\n\n{report(results)}"
     jg.write_json(out / "results.json", results)
     jg.write_atomic(out / f"{results['mode']}.md", text)
-    for name, draw in figures.items():
-        jg.save_figure(draw(results), out / f"{name}.png")
+    for name, draw in draws.items():
+        figures.save(draw(results), out / f"{name}.png")
     print(f"{text}\nwritten to {out}/: {', '.join(sorted(os.listdir(out)))}")
     return results
 
 def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Runs what is unfinished, or prints it; then judges all that lies there."""
-    config, kind = jg.load_config(args.config, settings), args.sweep.partition("=")[0] or "compare"
-    out = args.out or Path("runs", f"{kind}-{Path(config.data).parent.name or config.data}")
+    config = jg.load_config(args.config, settings)
+    swept = dict.fromkeys(x for mode, key, _ in make_labels(args.modes, args.sweep) if key
+                          for x in (mode, key))  # a sweep is named after its modes and its key
+    data_name = Path(config.data).parent.name or config.data
+    out = args.out or Path("runs", "-".join([*(swept or ["compare"]), data_name]))
     if (out / "metrics.jsonl").exists() or not config.epochs:
         raise jg.UserError(f"compare: needs --epochs, and an --out that is no run's; now {out}")
     cells = make_cells(args, settings, out)
@@ -399,14 +356,16 @@ def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
         table, smoke = quantities(runs, args.seeds), jg.ROOT / "data/results/reproduce/results.json"
         known = json.loads(smoke.read_text()).get("quantities", {}) if smoke.exists() else {}
         named = {name_of(label): q for label, q in table.items()}
-        claims = judge(jg.read_yaml(jg.ROOT / "data/reported.yaml")["claims"], known | named)
+        claims = jg.read_yaml(jg.ROOT / "data/reported.yaml")["claims"]
+        claims = judge(claims, known | named) if config.data == "synthetic" else []
     results = {"mode": "compare", "seeds": args.seeds, "sweep": args.sweep, "tuned": args.tuned,
                "config": asdict(config), "environment": next(iter(runs.values()))["environment"],
                "modes": {a: {key: interval(x) for key, x in q.items()} for a, q in named.items()},
                "labels": list(table), "paired": contrasts(table), "claims": claims,
-               "trajectories": trajectories(runs)}
-    return publish(out, results, report_compare, figure=draw_sweep if args.sweep else draw_plane,
-                   **({"weights": draw_weights} if results["trajectories"] else {}))
+               "level": LEVEL, "trajectories": trajectories(runs)}
+    draws = {"figure": figures.draw_sweep if args.sweep else figures.draw_plane}
+    draws |= {"weights": figures.draw_weights} if results["trajectories"] else {}
+    return publish(out, results, report_compare, **draws)
 
 def check(args: Any, settings: dict[str, Any]) -> bool:
     """Repeats a recorded comparison in a new folder; False if a mean left its interval."""
@@ -433,7 +392,7 @@ def main() -> int:
     """The job that the first argument names; the exit code."""
     jobs = {"compare": compare, "check": check, "bench": lambda args, settings: publish(
         jg.new_folder(args.out, "bench"), time_variants(args, settings), report_bench,
-        figure=draw_bench)}
+        figure=figures.draw_bench)}
     parser = jg.option_parser(__doc__.partition("\n")[0])
     add = parser.add_argument
     add("job", choices=jobs)

@@ -1,0 +1,157 @@
+"""Draws what jointgrad.py and study.py leave: data and runs, comparisons, sweeps, step times.
+
+Each draw_… returns a figure of matplotlib's, which is loaded here alone; `save` writes it.
+"""
+from pathlib import Path
+from typing import Any
+
+import jointgrad as jg  # the program that runs, or a module of that name
+import numpy as np
+from matplotlib import figure, font_manager, rcParams
+
+rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                 "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
+SCORES = ("mAP50-95", "balanced_accuracy")  # of detection, of classification
+COLOUR = {mode: f"C{k}" for k, mode in enumerate((*jg.MODES, "tuned"))}
+
+def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes (rows, columns), without pyplot: no window, no state."""
+    fig = figure.Figure(size)
+    return fig, fig.subplots(rows, columns, squeeze=False)
+
+def save(fig: Any, path: Path) -> None:
+    """Writes the figure as PNG, the same bytes for the same data."""
+    fig.tight_layout()
+    fig.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+# --------------------------------------------------------------------------------------------------
+# 1. Of one run: labelled images, predictions, curves
+# --------------------------------------------------------------------------------------------------
+
+def drawable(names: list[str]) -> list[str]:
+    """The names, each as its index where the figures' font lacks a letter of it."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))  # comes with matplotlib
+    return [name if all(map(font.get_char_index, map(ord, name))) else str(k)
+            for k, name in enumerate(names)]
+
+def draw_picture(ax: Any, image: Any, found: dict, title: str, model: Any) -> None:
+    """An image, its boxes and class, as a Predictor answers; model: whose names these are."""
+    boxes, classes = model.names, model.classification_names
+    ax.imshow(image)
+    for box in found["boxes"][::-1]:  # the best last, on top
+        k = boxes.index(box["name"])
+        (x1, y1, x2, y2), colour = box["box_xyxy"], f"C{k % 10}"
+        ax.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour)
+        text = drawable(boxes)[k] + (f" {box['score']:.2f}" if "score" in box else "")
+        ax.text(x1, y1, text, fontsize=7, color="white", backgroundcolor=colour, parse_math=False)
+    if found["classification"]:
+        title += drawable(classes)[classes.index(found["classification"]["name"])]
+    ax.set_title(title, parse_math=False)
+    ax.axis("off")
+
+def draw_found(image: Any, found: dict, model: Any) -> Any:
+    """One image with what a Predictor found on it."""
+    fig, axes = panels(1, 1, (5, 5))
+    draw_picture(axes[0, 0], image, found, "", model)
+    return fig
+
+def draw_data(data: jg.JointSet) -> Any:
+    """Nine images of a split, evenly spaced, with their labels."""
+    fig, axes = panels(3, 3, (9, 9))
+    for ax, i in zip(axes.flat, np.linspace(0, len(data) - 1, 9).astype(int)):
+        boxes, k = data.truth(i).tolist(), data.labels[i]
+        draw_picture(ax, data.pixels[i], {
+            "boxes": [{"name": data.names[int(c)], "box_xyxy": box} for c, *box in boxes],
+            "classification": None if k == jg.NO_LABEL else {"name": data.classification_names[k]},
+        }, f"image {i}: ", data)
+    return fig
+
+def draw_run(run: jg.Run, data: jg.JointSet) -> Any:
+    """The curves of one run over its steps, and what its classifier took each class for."""
+    fig, axes = panels(2, 3, (12, 6.5))
+    rows, curve = run.rows, [row for row in run.rows if "val" in row]
+    titles = {"w": "Task weights w", "L": "Training losses L, unweighted",
+              "G": "Share of G = w n, where a trunk is shared", "r": "Relative inverse rates r"}
+    for ax, (key, title) in zip(axes.flat, titles.items()):
+        ax.set(title=title, xlabel="step (means of 11)")
+        for task in (task for task in run.config.tasks if f"{key}/{task}" in rows[0]):
+            line = np.array([row[f"{key}/{task}"] for row in rows])
+            if key == "G":
+                line /= [sum(row[f"G/{t}"] for t in run.config.tasks) + 1e-30 for row in rows]
+            ax.plot(np.convolve(np.pad(line, 5, "edge"), np.ones(11) / 11, "valid"), label=task)
+            ax.legend()
+    for key in SCORES:
+        score = [row["val"][key] for row in curve]
+        if None not in score:
+            axes[1, 1].plot([row["step"] for row in curve], score, "o-", label=key)
+    axes[1, 1].set(title="Validation", xlabel="step")
+    axes[1, 1].legend(*axes[1, 1].get_legend_handles_labels())
+    confusion = np.array(curve[-1]["val"].get("confusion", np.zeros((1, 0))))  # (C, C)
+    for (k, guess), count in np.ndenumerate(confusion):
+        axes[1, 2].text(guess, k, count, ha="center", va="center")
+    C, names = confusion.shape[1], drawable(data.classification_names)
+    axes[1, 2].set(title="Validation images by class (row) and guess")
+    axes[1, 2].set_xticks(range(C), names[:C])
+    axes[1, 2].set_yticks(range(C), names[:C])
+    fig.suptitle(f"{run.config.mode}, {run.config.data}, seed {run.config.seed}", parse_math=False)
+    return fig
+
+# --------------------------------------------------------------------------------------------------
+# 2. Of many runs: comparisons, sweeps, step times
+# --------------------------------------------------------------------------------------------------
+
+def draw_plane(results: dict[str, Any]) -> Any:
+    """What each joint mode loses or gains against the single tasks: a cross of 95 % intervals."""
+    fig, axes = panels(1, 1, (7.4, 5))
+    ax, paired = axes[0, 0], {(row["mode"], row["versus"]): row for row in results["paired"]}
+    ax.axvspan(-results["level"], results["level"], color="0.92")
+    ax.axhspan(-results["level"], results["level"], color="0.92")
+    ax.plot(0, 0, "*", color="gold", mec="black", ms=18)
+    points = [(paired[mode, "detect"], paired[mode, "classify"]) for mode in COLOUR
+              if {(mode, "detect"), (mode, "classify")} <= paired.keys()]
+    for k, (x, y) in enumerate(sorted(points, key=lambda point: point[0]["delta"])):
+        at, colour = (x["delta"], y["delta"]), COLOUR[x["mode"]]
+        ax.errorbar(*at, *(np.ptp(q["ci95"] or [0]) / 2 for q in (y, x)), "o", c=colour, capsize=3)
+        ax.annotate(x["mode"], at, (5, 7 - 22 * (k % 2)), textcoords="offset points", c=colour)
+    ax.set(xlabel="Detection: mAP50-95, less that of `detect`",
+           ylabel="Classification: balanced accuracy, less that of `classify`",
+           title="Star: as good as alone. Grey: level. Crosses: 95 % intervals over seeds.")
+    return fig
+
+def draw_sweep(results: dict[str, Any]) -> Any:
+    """Both judged metrics over the swept value: a line a mode through its means, a dot a seed."""
+    labels, (fig, axes) = results["labels"], panels(1, 2, (8, 3.8))
+    ticks = list(dict.fromkeys(value for _, key, value in labels if key))
+    points = [(mode, x, q) for (mode, key, value), q in zip(labels, results["modes"].values())
+              for x in ([ticks.index(value)] if key else range(len(ticks)))]
+    for ax, metric in zip(axes[0], SCORES):
+        for mode in dict.fromkeys(mode for mode, _, _ in points):
+            line = [(x, q[metric]["mean"], q[metric]["per_seed"]) for owner, x, q in points
+                    if owner == mode and metric in q]
+            ax.plot([x for x, *_ in line], [mean for _, mean, _ in line], label=mode, c=COLOUR[mode])
+            for x, _, scores in line:
+                ax.plot([x] * len(scores), scores, ".", c=COLOUR[mode])
+        ax.set_xticks(range(len(ticks)), ticks)
+        ax.set(xlabel=results["sweep"].partition("=")[0], title=metric.replace("_", " "))
+    axes[0, 1].legend()
+    return fig
+
+def draw_weights(results: dict[str, Any]) -> Any:
+    """GradNorm's weights and detection's share of the weighted gradients at W, over training."""
+    fig, axes = panels(1, 2, (8, 3))
+    for key, q in results["trajectories"].items():
+        ax = axes[0, int(key == "share_det")]
+        ax.plot(q["median"], label=key)
+        ax.fill_between(range(len(q["median"])), q["min"], q["max"], alpha=0.25)
+        ax.set(title="Detection's share of the gradient at W" if ax is axes[0, 1] else
+               "GradNorm's task weights", xlabel="% of training; median and range over seeds")
+        ax.legend()
+    return fig
+
+def draw_bench(results: dict[str, Any]) -> Any:
+    """Time of each variant's step over that of a plain joint step."""
+    ratios, (fig, axes) = results["ratios"], panels(1, 1, (7.4, 2.6))
+    bars = axes[0, 0].barh(list(ratios), [x["median"] for x in ratios.values()])
+    axes[0, 0].bar_label(bars, fmt="%.2f")
+    axes[0, 0].set_title("Time of a step over that of a plain joint step")
+    return fig
