@@ -248,10 +248,15 @@ class JointSet:
         px = self.canvas[::-1]  # W, H
         return np.column_stack([self.boxes[i][:, 0], (centre - half) * px, (centre + half) * px])
 
+def stream(purpose: Literal["order", "augment", "dropout"], *where: int) -> torch.Generator:
+    """A random stream for each purpose and (seed, epoch, rank): a resumed run needs no saved one."""
+    key = ("order", "augment", "dropout").index(purpose), *where
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64).tolist()
+    return torch.Generator().manual_seed(seed)
+
 def epoch_order(count: int, config: Config, epoch: int, world=1, rank=0) -> list[Tensor]:
-    """The batches of an epoch as image indices, shuffled by (seed, epoch), one rank's share."""
-    rng = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-    order = torch.randperm(count, generator=rng)
+    """The batches of an epoch as image indices, shuffled, one rank's share."""
+    order = torch.randperm(count, generator=stream("order", config.seed, epoch, 0))  # of all ranks
     order = order.repeat(world)[:math.ceil(count / world) * world][rank::world]  # equal shares
     # BatchNorm cannot train on one image: a last batch of one is left out.
     return [indices for indices in order.split(config.batch_size) if len(indices) > 1]
@@ -380,12 +385,19 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.nd
 # 5. Model: images -> P3, raw detection maps, class logits
 # --------------------------------------------------------------------------------------------------
 
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution as the one matrix product that it is: 0.86 of a default step's time."""
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.permute(0, 2, 3, 1)  # (B, h, w, c_in): a view of channels_last order
+        return F.linear(places, self.weight.flatten(1)).permute(0, 3, 1, 2)
+
 class Conv(nn.Sequential):
     """Convolution, BatchNorm, SiLU."""
     def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1,
                  padding: int | None = None):
         padding = kernel // 2 if padding is None else padding
-        super().__init__(nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
+        kind = Conv1x1 if kernel == 1 else nn.Conv2d
+        super().__init__(kind(c_in, c_out, kernel, stride, padding, bias=False),
                          nn.BatchNorm2d(c_out, eps=1e-3), nn.SiLU())  # in place would cost a copy
 
 class Bottleneck(nn.Module):
@@ -850,9 +862,9 @@ def log_rows(steps: list[dict[str, Tensor]], tasks: tuple[str, ...]) -> list[dic
 def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]]:
     """One pass over the training split; one row a step, all finite or FloatingPointError."""
     config, started, cpu = run.config, time.perf_counter(), time.process_time()
-    # Both streams are functions of (seed, epoch, rank): a resumed run needs no saved random state.
-    torch.manual_seed(config.seed * 100_003 + run.epoch * 64 + run.rank)  # dropout
-    rng = torch.Generator().manual_seed(config.seed * 100_019 + run.epoch * 64 + run.rank)
+    where = config.seed, run.epoch, run.rank
+    torch.manual_seed(stream("dropout", *where).initial_seed())  # dropout draws from torch's own
+    rng = stream("augment", *where)
     order, steps = epoch_order(len(train_set), config, run.epoch, run.world, run.rank), []
     small = config.mode == "dual" and run.epoch < round(config.progressive_share * config.epochs)
     size = [max(32, round(s * config.progressive_scale / 32) * 32) for s in train_set.canvas]
