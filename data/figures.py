@@ -86,13 +86,17 @@ def draw_run(run: jg.Run, data: jg.JointSet) -> Any:
             axes[1, 1].plot([row["step"] for row in curve], score, "o-", label=key)
     axes[1, 1].set(title="Validation", xlabel="step")
     axes[1, 1].legend(*axes[1, 1].get_legend_handles_labels())
-    confusion = np.array(curve[-1]["val"].get("confusion", np.zeros((1, 0))))  # (C, C)
-    for (k, guess), count in np.ndenumerate(confusion):
-        axes[1, 2].text(guess, k, count, ha="center", va="center")
-    C, names = confusion.shape[1], drawable(data.classification_names)
-    axes[1, 2].set(title="Validation images by class (row) and guess")
-    axes[1, 2].set_xticks(range(C), names[:C])
-    axes[1, 2].set_yticks(range(C), names[:C])
+    if "cls" in run.config.tasks:
+        names, confusion = drawable(data.classification_names), curve[-1]["val"]["confusion"]
+        axes[1, 2].imshow(confusion, "Blues", alpha=0.5)
+        for (k, guess), count in np.ndenumerate(confusion):
+            axes[1, 2].text(guess, k, count, ha="center", va="center")
+        axes[1, 2].set(title="Validation images by class (row) and guess")
+        axes[1, 2].set_xticks(range(len(names)), names)
+        axes[1, 2].set_yticks(range(len(names)), names)
+        axes[1, 2].grid(False)
+    for ax in axes.flat:
+        ax.set_visible(ax.has_data())  # r without GradNorm, shares without a shared trunk: none
     fig.suptitle(f"{run.config.mode}, {run.config.data}, seed {run.config.seed}", parse_math=False)
     return fig
 
@@ -110,9 +114,11 @@ def draw_plane(results: dict[str, Any]) -> Any:
     points = [(paired[mode, "detect"], paired[mode, "classify"]) for mode in COLOUR
               if {(mode, "detect"), (mode, "classify")} <= paired.keys()]
     for k, (x, y) in enumerate(sorted(points, key=lambda point: point[0]["delta"])):
-        at, colour = (x["delta"], y["delta"]), COLOUR[x["mode"]]
-        ax.errorbar(*at, *(np.ptp(q["ci95"] or [0]) / 2 for q in (y, x)), "o", c=colour, capsize=3)
-        ax.annotate(x["mode"], at, (5, 7 - 22 * (k % 2)), textcoords="offset points", c=colour)
+        half, colour = [np.ptp(q["ci95"] or [0]) / 2 for q in (y, x)], COLOUR[x["mode"]]
+        ax.errorbar(x["delta"], y["delta"], *half, "o", c=colour, capsize=3)
+        up, va = ((1, "bottom"), (-1, "top"))[k % 2]  # apart from neighbours
+        ax.annotate(x["mode"], (x["delta"], y["delta"] + up * half[0]), (0, 4 * up),
+                    textcoords="offset points", ha="center", va=va, c=colour)
     ax.set(xlabel="Detection: mAP50-95, less that of `detect`",
            ylabel="Classification: balanced accuracy, less that of `classify`",
            title="Star: as good as alone. Grey: level. Crosses: 95 % intervals over seeds.")
@@ -128,9 +134,10 @@ def draw_sweep(results: dict[str, Any]) -> Any:
         for mode in dict.fromkeys(mode for mode, _, _ in points):
             line = [(x, q[metric]["mean"], q[metric]["per_seed"]) for owner, x, q in points
                     if owner == mode and metric in q]
-            ax.plot([x for x, *_ in line], [mean for _, mean, _ in line], label=mode, c=COLOUR[mode])
+            c = COLOUR[mode]
+            ax.plot([x for x, *_ in line], [mean for _, mean, _ in line], label=mode, c=c)
             for x, _, scores in line:
-                ax.plot([x] * len(scores), scores, ".", c=COLOUR[mode])
+                ax.plot([x] * len(scores), scores, ".", c=c)
         ax.set_xticks(range(len(ticks)), ticks)
         ax.set(xlabel=results["sweep"].partition("=")[0], title=metric.replace("_", " "))
     axes[0, 1].legend()
