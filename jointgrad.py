@@ -25,7 +25,7 @@ GradNorm (Chen et al., ICML 2018) as `GradNorm.update` computes it, in the paper
 
 Departures, each marked where it stands:
 - GradNorm: the weights keep a floor w_min (as published they go negative on the paper's own toy).
-- GradNorm: a step on which a task has no labels leaves the weights' gradient at zero.
+- GradNorm: a step on which a task has no labels leaves the weights as they are.
 - YOLOv5: BatchNorm momentum 0.1, AdamW, class gain 1.0 (config.yaml): for runs of some 1000 steps.
 - YOLOv5: of several objectness targets for one cell the largest counts, whatever their order.
 - COCO: average precision counts max_det (300) detections an image, not 100.
@@ -68,6 +68,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import yaml  # noqa: E402
+from matplotlib.colors import hsv_to_rgb  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -88,7 +89,6 @@ def within(kind: type, low: float, high: float, **more: Any) -> Any:
 
 Real, Whole = partial(within, float), partial(within, int)
 Size = tuple[Real(0.1, 1e6), Real(0.1, 1e6)]  # width, height in px
-Level = tuple[Size, Size, Size]
 
 @dataclass(frozen=True)
 class Config:
@@ -110,7 +110,7 @@ class Config:
     flip_y: Real(0, 1)
     scale: Real(0, 0.9)
     shift: Real(0, 0.5)
-    anchors: Literal["auto"] | tuple[Level, Level, Level]
+    anchors: Literal["auto"] | tuple[(tuple[Size, Size, Size],) * 3]
     anchor_thres: Real(1, 100)
     conf_thres: Real(0, 1)
     iou_thres: Real(0, 1)
@@ -183,12 +183,12 @@ class GradNorm:
         r = L_tilde / L_tilde.mean().clamp(min=1e-12)  # (T,), of mean 1
         target = G_bar * r**self.alpha  # (T,), a constant: L_grad is not differentiated through it
         dL_grad_dw = torch.sign(G - target) * n  # of L_grad = sum |G - target|, eq. 2
-        # Departs from the paper (all tasks have labels): because without labels nothing is known.
-        labelled = (L * n > 0).all()  # without labels L or n is 0
+        # Departs from the paper (every batch has labels): because without, L or n is 0; w stays.
+        labelled, before = (L * n > 0).all(), self.w.clone()
         self.w.grad = torch.where(labelled, dL_grad_dw, 0.0)
         self.adam.step()  # w, in place
         # Departs from the paper (w <- w T / sum(w)): because Adam can take w below 0.
-        above = (self.w - self.w_min).clamp(min=1e-12)
+        above = (torch.where(labelled, self.w, before) - self.w_min).clamp(min=1e-12)
         w = self.w_min + above * (T - T * self.w_min) / above.sum()
         self.w.copy_(w)
         self.r = r
@@ -207,6 +207,7 @@ class GradNorm:
 # --------------------------------------------------------------------------------------------------
 
 NO_LABEL = -100  # an image without a class; cross_entropy's ignore_index
+GREY = 114  # of 255: around an image, as in YOLOv5
 
 class Batch(NamedTuple):
     """images (B, 3, H, W), targets (N, 6) image index, class, cx cy w h in [0, 1], labels (B,)."""
@@ -249,7 +250,7 @@ class JointSet:
         return np.column_stack([self.boxes[i][:, 0], (centre - half) * px, (centre + half) * px])
 
 def stream(purpose: Literal["order", "augment", "dropout"], *where: int) -> torch.Generator:
-    """A random stream for each purpose and (seed, epoch, rank): a resumed run needs no saved one."""
+    """A random stream for each purpose and (seed, epoch, rank): a resumed run needs no state."""
     key = ("order", "augment", "dropout").index(purpose), *where
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64).tolist()
     return torch.Generator().manual_seed(seed)
@@ -257,13 +258,14 @@ def stream(purpose: Literal["order", "augment", "dropout"], *where: int) -> torc
 def epoch_order(count: int, config: Config, epoch: int, world=1, rank=0) -> list[Tensor]:
     """The batches of an epoch as image indices, shuffled, one rank's share."""
     order = torch.randperm(count, generator=stream("order", config.seed, epoch, 0))  # of all ranks
-    order = order.repeat(world)[:math.ceil(count / world) * world][rank::world]  # equal shares
+    order = order.repeat(world)[rank::world][:math.ceil(count / world)]  # equal shares
     # BatchNorm cannot train on one image: a last batch of one is left out.
     return [indices for indices in order.split(config.batch_size) if len(indices) > 1]
 
 def augment(batch: Batch, config: Config, rng: torch.Generator) -> Batch:
     """Random flips, zoom and shift; boxes of which less than a fifth stays in view are dropped."""
-    images, targets, labels = batch[0], batch[1].clone(), batch[2]  # cloned: flips write in place
+    images, targets, labels = batch
+    targets = targets.clone()  # flips write in place
     u = torch.rand(len(images), 5, generator=rng).to(images.device)  # (B, 5), alike on every device
     owner = targets[:, 0].long()  # (N,) image of each box
     for axis, (share, dim) in enumerate(((config.flip_x, 3), (config.flip_y, 2))):
@@ -278,7 +280,7 @@ def augment(batch: Batch, config: Config, rng: torch.Generator) -> Batch:
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom[:, 0]  # zoomed in, the source is smaller
     theta[:, :, 2] = -2 * shift / zoom  # 2: affine_grid counts from -1 to 1
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images - 0.447, grid, align_corners=False) + 0.447  # outside: grey
+    images = F.grid_sample(images - GREY / 255, grid, align_corners=False) + GREY / 255  # outside
     centre = (targets[:, 2:4] - 0.5) * zoom[owner] + 0.5 + shift[owner]  # (N, 2), inverse of theta
     size = targets[:, 4:] * zoom[owner]
     low, high = (centre - size / 2).clamp(0, 1), (centre + size / 2).clamp(0, 1)
@@ -343,13 +345,13 @@ def prediction_grid(raw: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor,
         strides.append(torch.full_like(x, stride)[:, None])  # (3 h w, 1) px
     return torch.cat(cells), torch.cat(sizes), torch.cat(strides)
 
-def decode(logits: Tensor, cell: Tensor, anchor: Tensor, stride: Tensor | int) -> Tensor:
+def decode(logits: Tensor, cell: Tensor, anchor: Tensor, stride: Tensor) -> Tensor:
     """Boxes (..., 4) px: xy = (2 sigmoid - 0.5 + cell) stride, wh = (2 sigmoid)^2 anchor."""
     p = 2 * logits[..., :4].sigmoid()  # 0 to 2: xy reach half a cell beyond, wh 4 anchors
     return torch.cat([(p[..., :2] - 0.5 + cell) * stride, p[..., 2:].square() * anchor], -1)
 
-def suppress(boxes_xyxy: np.ndarray, iou_thres: float, most: int) -> list[int]:
-    """Indices of the boxes (n, 4), best first, that no kept one overlaps more; at most `most`."""
+def suppress(boxes_xyxy: np.ndarray, iou_thres: float, max_det: int) -> list[int]:
+    """Indices of the boxes (n, 4), best first, that no kept one overlaps more; at most max_det."""
     kept: list[int] = []
     for start in range(0, len(boxes_xyxy), 256):  # in blocks: thousands make no n x n matrix
         block = boxes_xyxy[start:start + 256]  # (m, 4)
@@ -359,9 +361,9 @@ def suppress(boxes_xyxy: np.ndarray, iou_thres: float, most: int) -> list[int]:
             if free[i]:
                 free[i + 1:] &= apart[i, i + 1:]
         kept += (start + free.nonzero()[0]).tolist()
-        if len(kept) >= most:
+        if len(kept) >= max_det:
             break
-    return kept[:most]
+    return kept[:max_det]
 
 def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.ndarray]:
     """Detections of each image: (n, 6) x1 y1 x2 y2 px, score, class; best first, max_det."""
@@ -374,11 +376,8 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.nd
         best, order = scores_i[at].topk(min(30_000, len(at)))  # as many candidates as YOLOv5
         row, classes = at[order] // num_classes, at[order] % num_classes  # of (A, C)
         rows = torch.column_stack([boxes_i[row], best, classes]).cpu().numpy()
-        keep = np.zeros(len(rows), bool)
-        for k in np.unique(rows[:, 5]):  # class by class: boxes of two classes may overlap
-            of_class = np.flatnonzero(rows[:, 5] == k)
-            keep[of_class[suppress(rows[of_class, :4], config.iou_thres, config.max_det)]] = True
-        found.append(rows[keep][:config.max_det])
+        apart = rows[:, :4] + 1e6 * rows[:, 5:].astype(float)  # px: classes never overlap
+        found.append(rows[suppress(apart, config.iou_thres, config.max_det)])
     return found
 
 # --------------------------------------------------------------------------------------------------
@@ -389,15 +388,13 @@ class Conv1x1(nn.Conv2d):
     """A 1x1 convolution as the one matrix product that it is: 0.86 of a default step's time."""
     def forward(self, x: Tensor) -> Tensor:
         places = x.permute(0, 2, 3, 1)  # (B, h, w, c_in): a view of channels_last order
-        return F.linear(places, self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return F.linear(places, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 class Conv(nn.Sequential):
     """Convolution, BatchNorm, SiLU."""
-    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1,
-                 padding: int | None = None):
-        padding = kernel // 2 if padding is None else padding
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1):
         kind = Conv1x1 if kernel == 1 else nn.Conv2d
-        super().__init__(kind(c_in, c_out, kernel, stride, padding, bias=False),
+        super().__init__(kind(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=False),
                          nn.BatchNorm2d(c_out, eps=1e-3), nn.SiLU())  # in place would cost a copy
 
 class Bottleneck(nn.Module):
@@ -442,7 +439,7 @@ class Trunk(nn.Sequential):
     """Stem to P3: images (B, 3, H, W) -> (B, c_out, H/8, W/8); what a network's tasks share."""
     def __init__(self, width_multiple: float, depth_multiple: float):
         c1, c2, c3 = (channels(c, width_multiple) for c in (64, 128, 256))
-        super().__init__(Conv(3, c1, 6, 2, 2), Conv(c1, c2, 3, 2),  # H/2, then H/4
+        super().__init__(Conv(3, c1, 6, 2), Conv(c1, c2, 3, 2),  # H/2, then H/4
                          C3(c2, c2, repeats(3, depth_multiple)), Conv(c2, c3, 3, 2),  # H/8
                          C3(c3, c3, repeats(6, depth_multiple)))
         self.c_out = c3
@@ -460,7 +457,7 @@ class SqueezeExcite(nn.Module):
         self.mlp = nn.Sequential(nn.Conv2d(c, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * sum(self.mlp(pool(x, (2, 3), True)) for pool in self.pools).sigmoid()
+        return x * sum(self.mlp(pool(x, (2, 3), keepdim=True)) for pool in self.pools).sigmoid()
 
 class CBAM(nn.Module):
     """Channel attention by mean and maximum, then spatial attention (arXiv 1807.06521)."""
@@ -474,12 +471,10 @@ class CBAM(nn.Module):
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, h, w)
         return x * self.spatial(pooled).sigmoid()
 
-class AttentionTrunk(Trunk):
-    """The trunk of dual's classification network: SE after the first C3, CBAM after the second."""
-    def __init__(self, width_multiple: float, depth_multiple: float):
-        super().__init__(width_multiple, depth_multiple)
-        self.insert(3, SqueezeExcite(self[2].cv3[0].out_channels))
-        self.append(CBAM(self.c_out))  # no W: this trunk is not shared
+def add_attention(trunk: Trunk) -> Trunk:
+    """Puts SE after the first C3, CBAM after the second, for dual's classification network."""
+    trunk.insert(3, SqueezeExcite(trunk[2].cv3[0].out_channels))
+    return trunk.append(CBAM(trunk.c_out))  # no W: this trunk is not shared
 
 class DetectionHead(nn.Module):
     """P3 -> raw maps (B, 3 (5 + C), h, w) of P3, P4, P5: rest of the backbone, PANet, Detect."""
@@ -532,7 +527,7 @@ class JointNet(nn.Module):
         """P3, the leaf that each head reads in its place, and each task's raw output."""
         P3 = self.trunk(images)
         cuts = [P3.detach().requires_grad_(P3.requires_grad) for _ in self.heads]  # no_grad: False
-        return P3, cuts, {task: head(x) for (task, head), x in zip(self.heads.items(), cuts)}
+        return P3, cuts, {task: head(cut) for (task, head), cut in zip(self.heads.items(), cuts)}
 
 class Network(nn.Module):
     """One JointNet, or for `dual` one a task: images (B, 3, H, W) -> {task: raw output}."""
@@ -540,7 +535,7 @@ class Network(nn.Module):
         super().__init__()
         width, depth, dual = config.width_multiple, config.depth_multiple, config.mode == "dual"
         trunk, heads = Trunk(width, depth), {}
-        cls_trunk = AttentionTrunk(config.dual_width_multiple, depth) if dual else trunk
+        cls_trunk = add_attention(Trunk(config.dual_width_multiple, depth)) if dual else trunk
         if "det" in config.tasks:
             heads["det"] = DetectionHead(num_classes, anchors, width, depth)
         if "cls" in config.tasks:
@@ -580,9 +575,9 @@ def match_targets(targets: Tensor, shapes: list[tuple[int, int]], anchors: Tenso
     wh = targets[:, 4:6] * sizes[0] * STRIDES[0]  # (N, 2) px
     ratio = wh / anchors[:, :, None]  # (L, 3, N, 2)
     alike = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_thres  # (L, 3, N)
-    rest = sizes[:, None] - centre  # (L, N, 2), counted from the far side
+    from_far = sizes[:, None] - centre  # (L, N, 2), counted from the far side
     near_low = ((centre % 1 < 0.5) & (centre > 1)).permute(2, 0, 1)  # (2, L, N): left, upper
-    near_high = ((rest % 1 < 0.5) & (rest > 1)).permute(2, 0, 1)  # right, lower
+    near_high = ((from_far % 1 < 0.5) & (from_far > 1)).permute(2, 0, 1)  # right, lower
     near = torch.cat([torch.ones_like(near_low[:1]), near_low, near_high])  # (5, L, N)
     offsets = torch.tensor([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]], device=device)
     o, level, anchor, target = (near[:, :, None] & alike).nonzero(as_tuple=True)  # of (5, L, 3, N)
@@ -605,10 +600,10 @@ class DetectionLoss:
         match = match_targets(targets, shapes, self.anchors, self.config.anchor_thres)
         image = targets[match.target, 0].long()
         p = predictions[image, match.index]  # (K, 5 + C)
-        found = decode(p, match.cell, self.anchors[match.level, match.anchor],
-                       8 * 2**match.level[:, None])  # (K, 4) px; stride (K, 1)
+        predicted = decode(p, match.cell, self.anchors[match.level, match.anchor],
+                           8 * 2**match.level[:, None])  # (K, 4) px; stride (K, 1)
         size = targets.new_tensor([shapes[0][1], shapes[0][0]] * 2) * STRIDES[0]  # W H W H px
-        iou = ciou(found, targets[match.target, 2:] * size)
+        iou = ciou(predicted, targets[match.target, 2:] * size)
         counts = iou.new_zeros(3).index_add(0, match.level, torch.ones_like(iou))
         share = 1 / counts[match.level]  # 1 / matches of its level: a mean a level, summed
         # Departs from YOLOv5 (the last match of a cell counts): because amax knows no order.
@@ -641,9 +636,11 @@ def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[s
     if "cls" in config.tasks:
         labels = [k for k in train_set.labels if k != NO_LABEL]
         counts = np.bincount(labels, minlength=len(train_set.classification_names)).clip(1)
-        weights = len(labels) / (len(counts) * counts) if config.class_balance else counts**0.0
-        weights = torch.tensor(np.float32(weights), device=next(network.parameters()).device)
-        losses["cls"] = partial(classification_loss, class_weights=weights)
+        weights = np.ones(len(counts))
+        if config.class_balance:
+            weights = len(labels) / (len(counts) * counts)
+        losses["cls"] = partial(classification_loss, class_weights=torch.tensor(
+            weights, dtype=torch.float32, device=next(network.parameters()).device))
     return losses
 
 # --------------------------------------------------------------------------------------------------
@@ -755,9 +752,10 @@ def evaluate(network: Network, data: JointSet, config: Config) -> dict[str, Any]
             metrics |= {"mAP50": float(ap[0, have].mean()), "mAP50-95": float(ap[:, have].mean())}
         per_class["AP50"] = dict(zip(data.names, ap[0].tolist()))
     if guess:
-        C, pairs = len(data.classification_names), [*zip(data.labels, guess)]
-        confusion = np.array([[pairs.count((k, j)) for j in range(C)] for k in range(C)])
-        count, right = confusion.sum(1), confusion.diagonal()  # (C,) each; NO_LABEL is no row
+        C, labels = len(data.classification_names), np.array(data.labels)
+        cells = (labels * C + guess)[labels != NO_LABEL]  # row * C + column of each image
+        confusion = np.bincount(cells, minlength=C * C).reshape(C, C)
+        count, right = confusion.sum(1), confusion.diagonal()  # (C,) each
         recall = [float(r / n) if n else math.nan for r, n in zip(right, count)]
         if count.any():  # else the split has no class
             metrics |= {"accuracy": float(right.sum() / count.sum()),
@@ -790,7 +788,6 @@ class Run:
             self.world = torch.distributed.get_world_size()
             self.rank = torch.distributed.get_rank()
             self.modules = [nn.parallel.DistributedDataParallel(part) for part in self.modules]
-        # float32's range: needs no scaler.
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16")
         self.w = torch.tensor(config.weights, device=device)
         self.balancer = GradNorm(config.weights, config.alpha, config.gradnorm_lr, config.w_min,
@@ -803,9 +800,9 @@ def make_optimizer(part: JointNet, config: Config, lr: float) -> torch.optim.Opt
     behind `detach` has vectors of its own, so that its gradient does not clip the detector's.
     """
     groups = []
-    for kernels, alone in itertools.product((True, False), repeat=2):
+    for kernels, detached in itertools.product((True, False), repeat=2):
         members = [p for name, p in part.named_parameters() if (p.ndim > 1) == kernels
-                   and (part.detach and name.startswith("heads.cls")) == alone]
+                   and (part.detach and name.startswith("heads.cls")) == detached]
         if members:
             vector = nn.Parameter(torch.cat([p.detach().flatten() for p in members]))
             vector.grad, at = torch.zeros_like(vector), 0
@@ -815,7 +812,7 @@ def make_optimizer(part: JointNet, config: Config, lr: float) -> torch.optim.Opt
                 p.grad = vector.grad.as_strided(p.shape, p.stride(), at)
                 at += p.numel()
             groups.append({"params": [vector], "weight_decay": config.weight_decay * kernels,
-                           "peak": lr, "alone": alone})
+                           "peak": lr, "detached": detached})
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, betas=config.betas, fused=True)
@@ -824,7 +821,8 @@ def learning_rate(progress: float, warmup: float) -> float:
     """Share of the peak rate at `progress` in [0, 1]: a linear rise, then a cosine to 1 %."""
     if progress < warmup:
         return progress / warmup
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup + 1e-9))) / 2
+    done = (progress - warmup) / (1 - warmup + 1e-9)  # 1e-9: warmup may be 1
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 def train_step(run: Run, batch: Batch, progress: float,
                backward: Callable = backward) -> dict[str, Tensor]:
@@ -836,7 +834,8 @@ def train_step(run: Run, batch: Batch, progress: float,
             group["lr"] = group["peak"] * learning_rate(progress, run.config.warmup)
         optimizer.zero_grad(set_to_none=False)
         signals.append(backward(module, batch, run.losses, w, run.autocast))
-        clipped = [group["params"][0] for group in optimizer.param_groups if not group["alone"]]
+        clipped = [group["params"][0] for group in optimizer.param_groups
+                   if not group["detached"]]
         grad_norms.append(nn.utils.clip_grad_norm_(clipped, run.config.grad_clip))
         optimizer.step()
     L, s = torch.cat([s.L for s in signals]), signals[0]
@@ -853,7 +852,8 @@ def log_rows(steps: list[dict[str, Tensor]], tasks: tuple[str, ...]) -> list[dic
     table = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}  # (steps, ...)
     if "gram" in table:
         table["cosine"], table["similarity"] = similarities(table.pop("gram"))
-    table["loss"], columns = (table["w"] * table["L"]).sum(1), {}
+    table["loss"] = (table["w"] * table["L"]).sum(1)
+    columns = {}
     for key, values in table.items():
         columns |= ({key: values} if values.ndim == 1 else  # (steps,), or (steps, T)
                     {f"{key}/{task}": x for task, x in zip(tasks, values.T)})
@@ -882,28 +882,28 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
     for row in rows:
         if bad := [key for key, value in row.items() if not math.isfinite(value)]:
             w = ", ".join(f"{key} = {value:.4g}" for key, value in row.items() if key[:2] == "w/")
-            raise FloatingPointError(f"step {row['step']}: {', '.join(bad)} not finite ({w}); "
-                                     "lower lr")
+            told = f"step {row['step']}: {', '.join(bad)} not finite ({w}); lower lr"
+            raise FloatingPointError(told)
     rows[-1]["time"] = {"train_s": time.perf_counter() - started,
                         "train_cpu_s": time.process_time() - cpu}
     return rows
 
 def train(run: Run, train_set: JointSet, val_set: JointSet) -> Iterator[None]:
     """Trains to the last epoch; yields after each, its rows in run.rows, metrics if one was due."""
-    config, steps = run.config, len(epoch_order(len(train_set), run.config, 0, run.world, run.rank))
+    config = run.config
+    steps = len(epoch_order(len(train_set), config, 0, run.world, run.rank))
     if not steps:
         raise UserError("train: fewer than two images a process; add images or use fewer")
     with tqdm(total=config.epochs * steps, initial=run.epoch * steps, unit="step", leave=False,
-              desc=config.mode, disable=run.rank > 0 or None) as bar:
+              desc=config.mode, disable=run.rank > 0 or None) as bar:  # None: if no terminal
         while run.epoch < config.epochs:
             rows = train_epoch(run, train_set, bar)
             run.epoch += 1  # before the yield: a checkpoint counts whole epochs
             run.rows += rows
             due, started = run.epoch % config.eval_interval == 0, time.perf_counter()
             if run.rank == 0 and (due or run.epoch == config.epochs):
-                rows[-1]["val"] = val = evaluate(run.network, val_set, config)
+                rows[-1]["val"] = evaluate(run.network, val_set, config)
                 rows[-1]["time"]["eval_s"] = time.perf_counter() - started
-                bar.set_postfix({k: f"{v:.3f}" for k, v in val.items() if isinstance(v, float)})
             yield
 
 # --------------------------------------------------------------------------------------------------
@@ -920,11 +920,6 @@ def speckle(rng: np.random.Generator, shape: tuple[int, int], s: float, a: float
     H = np.exp(-2 * np.pi**2 * (a * s * fx)**2) * np.exp(-2 * np.pi**2 * (s * fy)**2)
     amplitude = np.abs(np.fft.ifft2(np.fft.fft2(noise[0] + 1j * noise[1]) * H))
     return amplitude / amplitude.mean()
-
-def hsv_to_rgb(h: np.ndarray, s: float, v: np.ndarray) -> np.ndarray:
-    """RGB (..., 3) in [0, 1] of a hue in degrees, a saturation and a value."""
-    k = (np.array([5.0, 3.0, 1.0]) + h[..., None] / 60) % 6
-    return v[..., None] * (1 - s * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 def place_jets(rng: np.random.Generator, apex: np.ndarray, radius: float,
                angle: float) -> np.ndarray:
@@ -955,7 +950,8 @@ def paint_jet(rng: np.random.Generator, image: np.ndarray, box: np.ndarray, hue:
     width = np.sqrt(np.clip((q + 1) / 2, 0, 1) * np.clip(3 * (1 - q), 0, 1))
     core = np.clip(1 - np.abs(u) / np.maximum(width, 1e-6), 0, 1)
     tex = speckle(rng, core.shape, 0.9 * size / 64)
-    colour = hsv_to_rgb((hue + 15 * (tex - 1)) % 360, 0.85, np.clip(0.30 + 0.5 * core * tex, 0, 1))
+    hue, value = (hue + 15 * (tex - 1)) % 360 / 360, np.clip(0.30 + 0.5 * core * tex, 0, 1)
+    colour = hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.85), value], -1))  # (h, w, 3)
     alpha = 0.9 * (np.abs(u) < width)[..., None]
     image[y1:y2, x1:x2] += alpha * (colour - image[y1:y2, x1:x2])
 
@@ -1171,17 +1167,13 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """The mapping in a file of torch's, read without running any code in it."""
+def load_checkpoint(path: Path, *keys: str) -> dict[str, Any]:
+    """The mapping in a file of torch's, read without running code of it; it must have `keys`."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
         raise UserError(f"{path}: no checkpoint ({type(error).__name__}); see --help") from error
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of this program."""
-    state = read_tensors(path)
-    if state.get("format") != "jointgrad/2" or not {"config", "network"} <= state.keys():
+    if not set(keys) <= state.keys():
         raise UserError(f"{path}: not a checkpoint of jointgrad; give a run's best.pt or last.pt")
     return state
 
@@ -1193,7 +1185,7 @@ def save_epoch(run: Run, train_set: JointSet, out: Path) -> None:
               for row in run.rows if "val" in row]
     best = "val" in run.rows[-1] and scores[-1] == max(scores)
     buffer = io.BytesIO()  # torch's own writer hides the reason of a failure
-    torch.save({"format": "jointgrad/2", "config": clean(asdict(run.config)),
+    torch.save({"jointgrad/2": True, "config": clean(asdict(run.config)),
                 "names": train_set.names, "classification_names": train_set.classification_names,
                 "fingerprint": train_set.fingerprint, "epoch": run.epoch, "rows": run.rows,
                 "w": run.w, "network": run.network.state_dict(),
@@ -1204,21 +1196,20 @@ def save_epoch(run: Run, train_set: JointSet, out: Path) -> None:
 
 FREE = dict.fromkeys(("device", "threads", "cache_mb", "data"))  # that --resume may change
 
-def restore(run: Run, last: Path, fingerprint: str) -> None:
-    """Puts a begun run back to where its last.pt stands; UserError for other settings or data."""
-    state = load_checkpoint(last)
+def restore(run: Run, last: Path, fingerprint: str) -> str:
+    """Puts a begun run back to where its last.pt stands, and says so; UserError if it cannot."""
+    state = load_checkpoint(last, "jointgrad/2", "config", "network")
     if state["config"] | FREE != clean(asdict(run.config)) | FREE:
-        raise UserError(f"{last}: does not fit the config.yaml beside it; resume a run with its "
-                        "own settings")
+        raise UserError(f"{last}: does not fit the config.yaml beside it; use the run's own")
     if state.get("fingerprint") != fingerprint:
-        raise UserError(f"{last}: trained on other images or labels than {run.config.data}; a run "
-                        "goes on with its own, wherever they lie")
+        raise UserError(f"{last}: trained on other images or labels than {run.config.data}")
     run.epoch, run.rows, run.w = state["epoch"], state["rows"], state["w"].to(run.device)
     run.network.load_state_dict(state["network"])
     for optimizer, saved in zip(run.optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     if run.balancer:
         run.balancer.load_state_dict(state["balancer"])
+    return f"resumed after epoch {run.epoch} of {run.config.epochs}"
 
 DETECTOR = ("parts.0.trunk.", "parts.0.heads.det.")  # where a state_dict keeps it, in order
 
@@ -1228,10 +1219,10 @@ def warm_start(run: Run, path: Path) -> str:
     path: a checkpoint of this program, or a YOLOv5's plain state_dict: its modules stand in the
     same order. Returns what was taken; UserError where the trunk or the depth is another.
     """
-    saved, own, unit = read_tensors(path), run.network.state_dict(), torch.tensor(STRIDES)
-    if "format" in saved:
-        network, unit = load_checkpoint(path)["network"], torch.ones(3)  # anchors: px
-        saved = {key: x for key, x in network.items() if key.startswith(DETECTOR)}
+    saved, own, unit = load_checkpoint(path), run.network.state_dict(), torch.tensor(STRIDES)
+    if {"jointgrad/2", "network"} <= saved.keys():  # its anchors are in px, YOLOv5's in cells
+        saved, unit = saved["network"], torch.ones(3)
+        saved = {key: x for key, x in saved.items() if key.startswith(DETECTOR)}
     anchors = [saved.pop(key) for key in list(saved) if key.endswith(("anchors", "anchor_grid"))]
     slots = [key for key in own if key.startswith(DETECTOR) and not key.endswith("anchors")]
     taken = {key: x for key, x in zip(slots, saved.values())
@@ -1241,14 +1232,14 @@ def warm_start(run: Run, path: Path) -> str:
         raise UserError(f"init {path}: no detector of this width_multiple and depth_multiple; give "
                         "a run's best.pt, or a YOLOv5's plain state_dict")
     run.network.load_state_dict(own | taken)
-    if anchors and "det" in run.config.tasks:
+    if anchors and "det" in run.config.tasks and run.config.anchors == "auto":
         run.network.parts[0].heads["det"].anchors.copy_(anchors[0] * unit.view(3, 1, 1))
     return f"init {path}: took {len(taken)} tensors, left {', '.join(left) or 'none'}"
 
 class Predictor:
     """A trained network: `Predictor("best.pt")("image.jpg")` -> its boxes and its image class."""
     def __init__(self, path: str | Path, **settings: Any):
-        state = load_checkpoint(Path(path))
+        state = load_checkpoint(Path(path), "jointgrad/2", "config", "network")
         self.config = make_config(state["config"] | settings, str(path))
         self.names, self.classification_names = state["names"], state["classification_names"]
         num_labels = len(self.classification_names)
@@ -1304,17 +1295,13 @@ def cost(network: Network, canvas: tuple[int, int]) -> dict[str, Any]:
     network.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, *canvas, device=next(network.parameters()).device))
-    return {"parameters": counts | {"total": sum(counts.values())},
-            "flops_per_image": counter.get_total_flops(), "peak_rss_mb": peak_rss_mb()}
-
-def peak_rss_mb() -> float | None:
-    """The most memory that this process has held; None on Windows, which has no `resource`."""
-    try:
+    peak = None  # on Windows, which has no `resource`
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"parameters": counts | {"total": sum(counts.values())},
+            "flops_per_image": counter.get_total_flops(), "peak_rss_mb": peak}
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on beside the code and the config: versions, device, threads."""
@@ -1402,24 +1389,21 @@ def pick_device(name: str) -> torch.device:
     kind, index = name, int(os.environ.get("LOCAL_RANK", 0))
     if name[-1].isdigit():  # 0 and cuda:0 are the first GPU
         kind, index = "cuda", int(name.rpartition(":")[2])
-    have = {"cuda": torch.cuda.device_count() > index, "mps": torch.backends.mps.is_available(),
-            "cpu": True}
+    have = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     kind = next(key for key in have if have[key]) if kind == "auto" else kind
-    if not have[kind]:
-        raise UserError(f"--device {name}: this machine or this torch has none; use --device cpu")
+    if not have[kind] or kind == "cuda" and index >= have["cuda"]:
+        raise UserError(f"--device {name}: this machine or torch has none; use --device cpu")
     return torch.device(kind, index if kind == "cuda" else None)
 
 def run_training(config: Config, out: Path, resume: bool) -> None:
     """Trains, saving log and checkpoint each epoch; then results.json, figure and closing table."""
+    from data import figures  # now: a missing module is told before the training
     device, started = pick_device(config.device), time.perf_counter()
     train_set, val_set = load_data(config, out)
     run = Run(config, train_set, device)
-    told = ""
-    if resume and (out / "last.pt").exists():
-        restore(run, out / "last.pt", train_set.fingerprint)
-        told = f"resumed after epoch {run.epoch} of {config.epochs}"
-    elif config.init:
-        told = warm_start(run, Path(config.init))
+    begun = resume and (out / "last.pt").exists()
+    told = (restore(run, out / "last.pt", train_set.fingerprint) if begun else
+            warm_start(run, Path(config.init)) if config.init else "")
     dataset, start_s = describe(run, train_set, val_set), time.perf_counter() - started
     if run.rank == 0:
         write_atomic(out / "config.yaml", yaml.safe_dump(clean(asdict(config)), sort_keys=False))
@@ -1428,22 +1412,19 @@ def run_training(config: Config, out: Path, resume: bool) -> None:
     for _ in train(run, train_set, val_set):
         if run.rank == 0:
             save_epoch(run, train_set, out)
-            if not sys.stderr.isatty():  # there the progress bar is silent
-                print(epoch_line(run), file=sys.stderr)
+            tqdm.write(epoch_line(run), sys.stderr)  # above the progress bar
     if run.rank > 0:
         return
-    from data import figures
-    results = {"config": asdict(config), "dataset": dataset}
     if config.epochs == 0:
         figures.save(figures.draw_data(train_set), out / "labels.png")
     else:
-        results = clean(summarise(run, dataset, start_s))
         figures.save(figures.draw_run(run, val_set), out / "figure.png")
+        results = clean(summarise(run, dataset, start_s))
+        write_json(out / "results.json", results)
         shown = [[key, x] for key, x in results["val"].items() if isinstance(x, float)] + [
             [f"{part} {key}", x] for part in ("weights", "loss", "time")
             for key, x in results[part].items()]
         print(markdown([f"{config.mode}, seed {config.seed}", "value"], shown))
-    write_json(out / "results.json", results)
     print(f"written to {out}/: {', '.join(sorted(os.listdir(out)))}")
 
 def epoch_line(run: Run) -> str:
@@ -1460,8 +1441,7 @@ def print_header(run: Run, dataset: dict[str, Any], notes: list[str], told: str)
     notes = notes[:10] + [f"{len(notes)} warnings in all"] * (len(notes) > 10)
     if config.batch_size > images:
         notes.append(f"batch_size {config.batch_size}: an epoch is one step of {images} images")
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
+    sys.stderr.writelines(f"warning: {note}\n" for note in notes)
     print(f"jointgrad {config.mode}: torch {torch.__version__}, {run.device}, "
           f"{config.threads} thread(s), seed {config.seed}, {config.data}\n")
     print(markdown(["", "train", "val"], [[name, count, dataset["val"][name]]
@@ -1483,10 +1463,9 @@ def run_reproduce(out: Path) -> int:
     checks = check_smoke(reported, measured["smoke_report"])
     write_json(out / "results.json", {"schema": "jointgrad/2", "mode": "reproduce",
                                       "checks": checks, "quantities": measured})
-    verdict = {True: "yes", False: "NO", None: "machine"}
     print(markdown(["number", "reported", "measured", "range over seeds", "ok", "under GradNorm"], [
         [c["name"], str(c["reported"]), c["measured"], " to ".join(map(cell, c["range"])),
-         verdict[c["ok"]], np.mean(measured["smoke_gradnorm"][c["name"]])] for c in checks]))
+         c["ok"], np.mean(measured["smoke_gradnorm"][c["name"]])] for c in checks]))
     print(markdown(["50 steps", "median s"], [[rule, np.median(q["train_seconds"])]
                                               for rule, q in measured.items()]))
     print(f"written to {out}/: {', '.join(sorted(os.listdir(out)))}")
@@ -1497,6 +1476,7 @@ def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     if not args.checkpoint:
         raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt")
     predictor, metrics = Predictor(args.checkpoint, **settings), None
+    torch.set_num_threads(predictor.config.threads)
     predictor.network.to(pick_device(predictor.config.device))
     out = new_folder(args.out, f"predict-{args.checkpoint.resolve().parent.name}")
     if args.source:
@@ -1512,18 +1492,17 @@ def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     from data import figures, joint
     images = []
     for k, item in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
-        name, picture = f"val-{k}", f"val-{k}.png"
-        if isinstance(item, Path):
-            name = str(item).encode(errors="replace").decode()  # it may be no UTF-8
-            picture = re.sub(r"[^\w.-]", "_", item.stem)[:50] + ".png"  # no newline, no long name
-            while (out / picture).exists():
-                picture = f"{k}-{picture}"
-            try:
-                item = joint.read_image(item)
-            except UserError as error:
-                print(f"warning: {error}; skipped", file=sys.stderr)
-                continue
-        images.append({"image": name, "picture": picture} | predictor(item))
+        name = item if isinstance(item, Path) else Path(f"val-{k}")
+        picture = re.sub(r"[^\w.-]", "_", name.stem)[:50] + ".png"  # no newline, no long name
+        while (out / picture).exists():
+            picture = f"{k}-{picture}"
+        try:
+            item = joint.read_image(item)
+        except UserError as error:
+            print(f"warning: {error}; skipped", file=sys.stderr)
+            continue
+        images.append({"image": str(name).encode(errors="replace").decode(),  # it may be no UTF-8
+                       "picture": picture} | predictor(item))
         figures.save(figures.draw_found(item, images[-1], predictor), out / picture)
     if not images:
         raise UserError(f"--source {args.source}: no readable image there")
@@ -1537,7 +1516,8 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     if args.mode != "predict" and (args.checkpoint or args.source):
         raise UserError("--checkpoint, --source: they go with --mode predict")
-    if args.resume and (args.out or args.mode or settings.keys() - FREE):
+    if args.resume and (args.out or args.mode or settings.keys() - FREE
+                        or args.config != ROOT / "config.yaml"):
         raise UserError(f"--resume: takes no option but {', '.join(FREE)}; the others stand in "
                         f"{args.resume / 'config.yaml'}. More epochs are a new run, with another "
                         f"schedule: see --init {args.resume / 'last.pt'}")
@@ -1551,12 +1531,15 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
     torch.set_num_threads(config.threads)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL on CUDA
-    out, name = [args.resume], Path(config.data).parent.name or config.data  # the set's folder
-    if not args.resume and int(os.environ.get("RANK", 0)) == 0:
-        out = [new_folder(args.out, f"{config.mode}-{name}-s{config.seed}")]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(out)
-    run_training(config, out[0], bool(args.resume))
+    out, name = args.resume or Path("."), Path(config.data).parent.name or Path(config.data).stem
+    if not args.resume and int(os.environ.get("RANK", 0)) == 0:  # the others write nothing
+        out = new_folder(args.out, f"{config.mode}-{name}-s{config.seed}")
+    try:
+        run_training(config, out, bool(args.resume))
+    except UserError:
+        if not any(out.iterdir()):
+            out.rmdir()  # so that the corrected run is not the second
+        raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

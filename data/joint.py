@@ -106,7 +106,7 @@ def letterbox(image: Image.Image, square: np.ndarray) -> tuple[int, int, int, in
     imgsz = len(square)
     w, h = (max(1, round(side * imgsz / max(image.size))) for side in image.size)
     left, top = (imgsz - w) // 2, (imgsz - h) // 2
-    square[:] = 114  # grey, as in YOLOv5
+    square[:] = jg.GREY
     square[top:top + h, left:left + w] = image.resize((w, h), Image.Resampling.BILINEAR)
     return left, top, w, h
 

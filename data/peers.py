@@ -58,7 +58,7 @@ def libmtl(gather: Any, run: jg.Run, L0: Any) -> tuple[Any, Any]:
     model.init_param()
     model.loss_scale.data = torch.tensor(W0, device=L0.device).log()  # w = T softmax(loss_scale)
     run.optimizers[0].add_param_group({"params": [model.loss_scale], "weight_decay": 0.0,
-                                       "peak": run.config.lr, "alone": True})
+                                       "peak": run.config.lr, "detached": True})
     def balance(P3: Any, L: list[Any]) -> Any:
         used = torch.tensor(model.backward(gather(L), alpha=ALPHA))
         for p, view in zip(part.trunk.parameters(), views):  # .grad's memory is new: back to ours

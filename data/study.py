@@ -63,7 +63,7 @@ def make_cells(args: Any, settings: dict[str, Any], out: Path) -> dict[tuple[Lab
         if mode == "tuned":
             given |= {"mode": "fixed", "initial_weights": f"1,{args.tuned:g}"}
         config = jg.clean(asdict(jg.load_config(args.config, given)))
-        own = {k: x.replace("{seed}", f"{seed}") for k, x in config.items() if "{seed}" in str(x)}
+        own = {"init": config["init"].replace("{seed}", f"{seed}")}  # each seed's own detector
         folder = out / "runs" / re.sub(r"[^\w.,=-]", "-", f"{name_of(label)}-s{seed}")
         command = [sys.executable, str(jg.ROOT / "jointgrad.py"), "--config", str(args.config),
                    *(f"--{k}={x}" for k, x in (given | own).items()), "--out", str(folder)]
@@ -90,7 +90,10 @@ def finish(folder: Path, command: list[str] | None) -> dict[str, Any]:
             reason = child.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
             raise RuntimeError(f"{folder}: {reason or child.returncode}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "results.json").read_text()) | {"rows": rows}
+    results = json.loads((folder / "results.json").read_text())
+    if len(rows) != results["steps"]:
+        raise RuntimeError(f"{folder}: two processes wrote it at once; delete it")
+    return results | {"rows": rows}
 
 # --------------------------------------------------------------------------------------------------
 # 2. Statistics: results over seeds -> quantities, intervals, contrasts with a verdict
@@ -111,8 +114,9 @@ def measure(run: dict[str, Any], others: dict[str, dict]) -> dict[str, float]:
     for task, metric, _ in JUDGED:
         if metric in q:
             at, score = np.array([(x["step"] + 1, x["val"][metric]) for x in rows if "val" in x]).T
-            goal = 0.9 * others["fixed"]["val"][metric] if others["fixed"] else np.inf
-            q[f"steps_to_90_{task}"] = next(iter(at[score >= goal]), np.nan)
+            if others["fixed"]:  # at the last evaluation, where it is never reached: a lower bound
+                reached = score >= 0.9 * others["fixed"]["val"][metric]
+                q[f"steps_to_90_{task}"] = at[reached.argmax() if reached.any() else -1]
             q[f"largest_fall_{task}"] = max([0.0, *-np.diff(score)])
     if {"L/det", "L/cls"} <= rows[0].keys():
         L = np.array([[row["L/det"], row["L/cls"]] for row in rows])  # (steps, 2)
@@ -195,7 +199,7 @@ def judge(claims: list[dict[str, Any]], table: dict[str, dict]) -> list[dict[str
             continue
         x, base = (np.asarray(table[m][metric], float) if m else 1.0 for m in (mode, versus))
         x = {"difference": x - base, "gain": 100 * (x / base - 1)}.get(kind, x / base)
-        band = {"difference": LEVEL, "gain": 100 * LEVEL}.get(kind, -1.0)
+        band = 100 * LEVEL if kind == "gain" else -1.0  # in %; of a score, as LEVEL itself
         low, high = float(claim.get("at_least", -np.inf)), float(claim.get("at_most", np.inf))
         measured = interval(x)
         start, end = measured["ci95"] or (-np.inf, np.inf)  # one seed alone decides nothing
@@ -290,9 +294,20 @@ def listed(rows: list[dict[str, Any]]) -> str:
     keys = [key for key in rows[0] if any(row[key] is not None for row in rows)]
     return jg.markdown(keys, [[row[key] for key in keys] for row in rows])
 
+def gaps(results: dict[str, Any]) -> str:
+    """A line a swept value: each mode's mean less the single tasks', detection / classification."""
+    rows, key = {}, results["sweep"].partition("=")[0] or "less the single tasks"
+    modes = dict.fromkeys(row["mode"] for row in results["paired"])
+    for row in results["paired"]:
+        if row["versus"] in ("detect", "classify"):
+            line = rows.setdefault(row["value"], {key: row["value"] or "-"} | modes)
+            line[row["mode"]] = [*(line[row["mode"]] or []), row["delta"]]
+    return listed(list(rows.values()))
+
 def report_compare(results: dict[str, Any]) -> str:
-    """Markdown tables: quantities by mode, contrasts, claims."""
+    """Markdown tables: gaps, quantities by mode, contrasts, claims."""
     text = f"{len(results['seeds'])} seeds, {results['seeds']}; mean [95 % interval]\n"
+    text += f"\n{gaps(results)}" if results["sweep"] and results["paired"] else ""
     for columns in TABLES:
         text += "\n" + listed([{"mode": mode} | {key: q.get(key) for key in columns.split()}
                                for mode, q in results["modes"].items()])
@@ -338,8 +353,8 @@ def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
     config = jg.load_config(args.config, settings)
     swept = dict.fromkeys(x for mode, key, _ in make_labels(args.modes, args.sweep) if key
                           for x in (mode, key))  # a sweep is named after its modes and its key
-    data_name = Path(config.data).parent.name or config.data
-    out = args.out or Path("runs", "-".join([*(swept or ["compare"]), data_name]))
+    name = Path(config.data).parent.name or Path(config.data).stem
+    out = args.out or Path("runs", "-".join([*(swept or ["compare"]), name]))
     if (out / "metrics.jsonl").exists() or not config.epochs:
         raise jg.UserError(f"compare: needs --epochs, and an --out that is no run's; now {out}")
     cells = make_cells(args, settings, out)
@@ -369,6 +384,8 @@ def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def check(args: Any, settings: dict[str, Any]) -> bool:
     """Repeats a recorded comparison in a new folder; False if a mean left its interval."""
+    if settings:
+        raise jg.UserError("check: takes no key of config.yaml; all stand in the recorded file")
     try:
         recorded = json.loads(args.file.read_text())
         args.seeds, args.sweep, args.tuned = (recorded[k] for k in ("seeds", "sweep", "tuned"))
