@@ -33,7 +33,7 @@ from tqdm import tqdm  # noqa: E402
 # 1. Grid of runs: modes, values of a swept key, seeds -> one process a cell
 # --------------------------------------------------------------------------------------------------
 
-TUNED = 0.3  # classification's weight in mode `tuned`: the best of data/results/weights
+TUNED = 0.2  # classification's weight in mode `tuned`: the best of data/results/weights
 MODES = ("detect", "classify", "fixed", "equal", "tuned", "detach", "gradnorm", "dual")
 OWN = {"fixed": ("initial_weights",),  # keys that one mode or two read; all read the others
        "gradnorm": ("initial_weights", "alpha", "gradnorm_lr", "w_min"),
