@@ -636,9 +636,8 @@ def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[s
     if "cls" in config.tasks:
         labels = [k for k in train_set.labels if k != NO_LABEL]
         counts = np.bincount(labels, minlength=len(train_set.classification_names)).clip(1)
-        weights = np.ones(len(counts))
-        if config.class_balance:
-            weights = len(labels) / (len(counts) * counts)
+        balanced = len(labels) / (len(counts) * counts)  # (C,)
+        weights = balanced if config.class_balance else np.ones(len(counts))
         losses["cls"] = partial(classification_loss, class_weights=torch.tensor(
             weights, dtype=torch.float32, device=next(network.parameters()).device))
     return losses
@@ -848,7 +847,7 @@ def train_step(run: Run, batch: Batch, progress: float,
     return log
 
 def log_rows(steps: list[dict[str, Tensor]], tasks: tuple[str, ...]) -> list[dict[str, float]]:
-    """What `train_step` returned, as one row of numbers a step; derived all at once."""
+    """What `train_step` returned, a row of numbers a step; all at once: a GPU waits but once."""
     table = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}  # (steps, ...)
     if "gram" in table:
         table["cosine"], table["similarity"] = similarities(table.pop("gram"))
@@ -876,7 +875,6 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
         batch = batch._replace(images=images.contiguous(memory_format=torch.channels_last))
         steps.append(train_step(run, batch, (run.epoch + k / len(order)) / config.epochs))
         bar.update()
-    # The log waits for a GPU only here, once an epoch.
     rows = [{"step": run.epoch * len(order) + k, "epoch": run.epoch} | row
             for k, row in enumerate(log_rows(steps, config.tasks))]
     for row in rows:
@@ -983,8 +981,7 @@ def synthetic_sample(seed: int, split: str, i: int, imgsz: int, c: float) -> tup
     for box, k in zip(boxes, classes):
         paint_jet(rng, image, box, list(JETS.values())[k])
     image = (image + rng.normal(0, 0.01, (imgsz, imgsz, 1))) * sector[..., None]
-    root = np.sqrt(np.clip(image, 0, 1))
-    pixels = np.round(255 * root * np.sqrt(root)).astype(np.uint8)  # to the power 0.75
+    pixels = np.round(255 * np.clip(image, 0, 1)**0.75).astype(np.uint8)
     return pixels, np.column_stack([classes, boxes]).astype(np.float32), view
 
 def load_synthetic(config: Config) -> tuple[JointSet, JointSet]:
@@ -1098,6 +1095,7 @@ def key_comments() -> dict[str, str]:
 
 def nearest(word: str, words: Any) -> str:
     """"; did you mean …?" with the likeliest of the words, or nothing."""
+    word = {"weights": "init", "conf": "predict_conf", "project": "out"}.get(word, word)  # YOLOv5's
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -1171,11 +1169,9 @@ def load_checkpoint(path: Path, *keys: str) -> dict[str, Any]:
     """The mapping in a file of torch's, read without running code of it; it must have `keys`."""
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        return state | {key: state[key] for key in keys}
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
-        raise UserError(f"{path}: no checkpoint ({type(error).__name__}); see --help") from error
-    if not set(keys) <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of jointgrad; give a run's best.pt or last.pt")
-    return state
+        raise UserError(f"{path}: no run's best.pt or last.pt ({type(error).__name__})") from error
 
 def save_epoch(run: Run, train_set: JointSet, out: Path) -> None:
     """Adds an epoch to the log, replaces last.pt, and best.pt if validation was never as good."""
@@ -1209,9 +1205,8 @@ def restore(run: Run, last: Path, fingerprint: str) -> str:
         optimizer.load_state_dict(saved)
     if run.balancer:
         run.balancer.load_state_dict(state["balancer"])
-    return f"resumed after epoch {run.epoch} of {run.config.epochs}"
-
-DETECTOR = ("parts.0.trunk.", "parts.0.heads.det.")  # where a state_dict keeps it, in order
+    begun = "resumed" if run.epoch < run.config.epochs else "finished: nothing left to train,"
+    return f"{begun} after epoch {run.epoch} of {run.config.epochs}"
 
 def warm_start(run: Run, path: Path) -> str:
     """Lays a saved detector's tensors over a new run's, in order, where shapes agree.
@@ -1219,12 +1214,13 @@ def warm_start(run: Run, path: Path) -> str:
     path: a checkpoint of this program, or a YOLOv5's plain state_dict: its modules stand in the
     same order. Returns what was taken; UserError where the trunk or the depth is another.
     """
+    detector = "parts.0.trunk.", "parts.0.heads.det."  # where a state_dict keeps it, in order
     saved, own, unit = load_checkpoint(path), run.network.state_dict(), torch.tensor(STRIDES)
     if {"jointgrad/2", "network"} <= saved.keys():  # its anchors are in px, YOLOv5's in cells
         saved, unit = saved["network"], torch.ones(3)
-        saved = {key: x for key, x in saved.items() if key.startswith(DETECTOR)}
+        saved = {key: x for key, x in saved.items() if key.startswith(detector)}
     anchors = [saved.pop(key) for key in list(saved) if key.endswith(("anchors", "anchor_grid"))]
-    slots = [key for key in own if key.startswith(DETECTOR) and not key.endswith("anchors")]
+    slots = [key for key in own if key.startswith(detector) and not key.endswith("anchors")]
     taken = {key: x for key, x in zip(slots, saved.values())
              if getattr(x, "shape", None) == own[key].shape}
     left = [key for key in slots if key not in taken]  # as of another number of classes
@@ -1234,7 +1230,7 @@ def warm_start(run: Run, path: Path) -> str:
     run.network.load_state_dict(own | taken)
     if anchors and "det" in run.config.tasks and run.config.anchors == "auto":
         run.network.parts[0].heads["det"].anchors.copy_(anchors[0] * unit.view(3, 1, 1))
-    return f"init {path}: took {len(taken)} tensors, left {', '.join(left) or 'none'}"
+    return f"init {path}: took {len(taken)} of the detector's tensors, left {left or 'none'}"
 
 class Predictor:
     """A trained network: `Predictor("best.pt")("image.jpg")` -> its boxes and its image class."""
@@ -1348,8 +1344,9 @@ def option_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=ROOT / "config.yaml",
                         help="a YAML file of settings, laid over the shipped config.yaml")
     parser.add_argument("--out", type=Path, help="a new folder for the results; else below runs/")
+    shipped = read_yaml(ROOT / "config.yaml")
     for key, comment in list(key_comments().items())[1:]:  # mode, the first, has more choices
-        parser.add_argument(f"--{key}", help=comment.replace("%", "%%"))
+        parser.add_argument(f"--{key}", help=f"{comment} [{cell(shipped[key])}]".replace("%", "%%"))
     return parser
 
 def run_program(parser: argparse.ArgumentParser, job: Callable,
@@ -1357,6 +1354,7 @@ def run_program(parser: argparse.ArgumentParser, job: Callable,
     """job(options, settings) -> 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
     argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
             for word in (sys.argv[1:] if argv is None else argv)]  # --batch-size is --batch_size
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on Ctrl-C is told
     warnings.simplefilter("ignore")  # a bad image is an error, a missing glyph a little box
     try:
         args, unknown = parser.parse_known_args(argv)
@@ -1372,7 +1370,7 @@ def run_program(parser: argparse.ArgumentParser, job: Callable,
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; whole epochs are saved: see --resume", file=sys.stderr)
+        print("interrupted; go on by --resume DIR, or compare by the same command", file=sys.stderr)
         return 130
 
 def new_folder(out: Path | None, name: str) -> Path:
@@ -1382,6 +1380,8 @@ def new_folder(out: Path | None, name: str) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: not empty; give a new folder, or go on by --resume {out}")
     out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "probe", b"")  # may it be written? Told before anything is computed
+    (out / "probe").unlink()
     return out
 
 def pick_device(name: str) -> torch.device:
@@ -1531,9 +1531,10 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
     torch.set_num_threads(config.threads)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL on CUDA
-    out, name = args.resume or Path("."), Path(config.data).parent.name or Path(config.data).stem
+    out, kind = args.resume or Path("."), config.mode if config.epochs else "data"
+    name = Path(config.data).parent.name or Path(config.data).stem
     if not args.resume and int(os.environ.get("RANK", 0)) == 0:  # the others write nothing
-        out = new_folder(args.out, f"{config.mode}-{name}-s{config.seed}")
+        out = new_folder(args.out, f"{kind}-{name}-s{config.seed}")
     try:
         run_training(config, out, bool(args.resume))
     except UserError:
@@ -1555,6 +1556,5 @@ def main(argv: list[str] | None = None) -> int:
     return run_program(parser, job, argv)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules["jointgrad"] = sys.modules["__main__"]  # for data/joint.py: one module, not two
     sys.exit(main())

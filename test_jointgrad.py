@@ -36,7 +36,9 @@ torch.set_num_threads(1)
 SHIPPED = jg.ROOT / "config.yaml"
 LINUX = sys.platform.startswith("linux")
 TINY = {"epochs": 3, "train_images": 16, "val_images": 8, "batch_size": 8, "device": "cpu",
-        "width_multiple": 0.03125, "dual_width_multiple": 0.03125, "eval_interval": 2}
+        "width_multiple": 0.03125, "dual_width_multiple": 0.0625, "eval_interval": 2, "alpha": 0.7,
+        "gradnorm_lr": 0.05, "w_min": 0.004, "warmup": 0.2, "iou_thres": 0.5, "conf_thres": 0.002,
+        "anchor_thres": 3.5, "batchnorm_momentum": 0.07}  # no default: a key left out shows
 ANCHORS = torch.tensor([[[4., 9], [11, 6], [8, 14]], [[16, 11], [13, 25], [27, 18]],
                         [[22, 40], [45, 26], [50, 58]]])  # px, no two alike, none square
 CANVAS = (8, 12), (4, 6), (2, 3)  # h, w of P3, P4, P5 on 64 x 96 px: no map is square
@@ -100,7 +102,6 @@ def test_weights_follow_the_published_recipe(T, alpha):
              for _ in range(30)]
     b, initial = balancer(1.5 - np.arange(T) / 5, alpha=alpha, lr=0.01), 1.5 - np.arange(T) / 5
     rows = torch.stack([b.update(*step) for step in steps])
-    # float64; a sign that both compute from sums in another order could differ only at a tie
     torch.testing.assert_close(rows, published(initial, steps, alpha, 0.01), rtol=1e-9, atol=0)
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5])
@@ -114,13 +115,14 @@ def test_sum_is_T_and_the_floor_holds_after_every_update(T):
     assert min(lowest) == pytest.approx(0.05 if T > 1 else 1, abs=1e-9)  # the 1e-12 in clamp
 
 @pytest.mark.parametrize("L, n", [([2, 0], [1, 0]), ([2, 4], [1, 0])])
-def test_an_unlabelled_task_leaves_the_gradient_at_zero(L, n):
+def test_an_unlabelled_task_leaves_the_weights_as_they_are(L, n):
     """n_1 = 0, and L_1 too, at first: no gradient, no NaN, and L0_1 waits for a first loss."""
     b = balancer([1.5, 0.5], w_min=0.01)
     w = b.update(double(L), double(n))
     assert b.w.grad.tolist() == [0, 0] and w.tolist() == pytest.approx([1.5, 0.5])
-    w = b.update(double([1, 4]), double([1, 1]))
-    assert b.L0.tolist() == [2, 4] and w.isfinite().all() and w.sum().item() == pytest.approx(2)
+    moved = b.update(double([1, 4]), double([1, 1])).tolist()
+    assert b.L0.tolist() == [2, 4] and sum(moved) == pytest.approx(2) and moved != [1.5, 0.5]
+    assert b.update(double(L), double(n)).tolist() == pytest.approx(moved)  # no momentum's step
 
 def scalar_ciou(a, b):
     """IoU - d^2 / c^2 - alpha v of two boxes cx cy w h (arXiv 1911.08287), number by number."""
@@ -190,8 +192,7 @@ def slow_boxes(raw, classes, config):
         kept += of_class[greedy(of_class[:, :4], config.iou_thres)].tolist()
     return np.array(sorted(kept, key=lambda row: -row[4]))[:config.max_det], len(rows)
 
-@pytest.mark.parametrize("objects, classes, max_det", [(25, 1, 300), (50, 2, 300), (100, 1, 60),
-                                                       (200, 3, 300)])
+@pytest.mark.parametrize("objects, classes, max_det", [(25, 1, 300), (100, 2, 60), (200, 3, 300)])
 def test_find_boxes_equals_an_uncapped_greedy_loop(objects, classes, max_det):
     """Made maps at 320 px; an object has some 15 candidates, each with a score for every class."""
     rng, shapes = np.random.default_rng(objects), ((40, 40), (20, 20), (10, 10))
@@ -237,11 +238,14 @@ def test_raw_maps_have_strides_8_16_32_and_W_is_the_last_convolution_of_the_trun
     assert outputs["cls"].shape == (4, 3) and P3.shape[2:] == CANVAS[0]
     assert all(cut.is_leaf and torch.equal(cut, P3) for cut in cuts)
     assert order[-1].weight is part.trunk.W
+    assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {0.07}
 
-def test_squeeze_excite_and_cbam_equal_their_formulas():
+def test_1x1_convolution_squeeze_excite_and_cbam_equal_their_formulas():
     """SE: x sigmoid(W2 relu(W1 mean(x))). CBAM: by mean and max, first of channels, then places."""
     torch.manual_seed(0)
     se, cbam, x = jg.SqueezeExcite(8), jg.CBAM(8), torch.randn(2, 8, 3, 5)
+    conv = jg.Conv1x1(8, 6, 1)
+    torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias))  # float32
     first, _, second = se.mlp
     hidden = (x.mean((2, 3)) @ first.weight[:, :, 0, 0].T + first.bias).relu()
     scale = (hidden @ second.weight[:, :, 0, 0].T + second.bias).sigmoid()
@@ -376,7 +380,8 @@ def test_backward_equals_one_graph_of_the_weighted_sum(mode, w):
     expected = [[F.cosine_similarity(a, b, 0) for a, b in itertools.combinations(at_P3, 2)],
                 [2 * a.norm() * b.norm() / (a @ a + b @ b)
                  for a, b in itertools.combinations(weighted, 2)]]
-    found = torch.stack(jg.similarities(signals.gram)).double()
+    (row,) = jg.log_rows([{"w": w, "L": signals.L, "gram": signals.gram}], tuple(losses))
+    found = double([row["cosine"], row["similarity"]])
     torch.testing.assert_close(found, double(expected).mean(1), rtol=rtol, atol=rtol)
 
 @pytest.mark.parametrize("optimizer, reference", [
@@ -385,7 +390,7 @@ def test_backward_equals_one_graph_of_the_weighted_sum(mode, w):
 def test_train_step_equals_the_librarys_optimizer_on_a_plain_network(optimizer, reference):
     """Decay on kernels alone, one norm to clip, a linear rise, then 0.01 + 0.99 (1 + cos) / 2."""
     config = tiny(mode="detect", optimizer=optimizer, lr=0.002, weight_decay=0.1, grad_clip=0.5,
-                  betas="0.8,0.9", momentum=0.7)
+                  betas="0.8,0.9", momentum=0.7, warmup=0.1)
     data = joint_set(boxes=[np.array([[0, 0.5, 0.5, 0.2, 0.4]])] * 3)
     run, batch = jg.Run(config, data, CPU), joint_case()[2]
     (part,) = copy.deepcopy(run.network.parts)
@@ -476,7 +481,7 @@ def test_frames_hold_one_to_three_jets_in_their_boxes_and_the_views_cue(c):
         inside = (a > 0) & (b > 0)
         seen.append((len(boxes), view, inside.mean(), np.corrcoef(a[inside], b[inside])[0, 1]))
     counts, views, area, grain = np.array(seen).T
-    assert set(counts) == {1, 2, 3} and set(views) == {0, 1, 2}
+    assert set(counts) == {1, 2, 3} == set(views + 1)
     by_area, by_grain = np.corrcoef([views, area, grain])[0, 1:]
     assert (by_area > 0.6, by_grain > 0.6) == (c == 0, c == 1)
     assert min(abs(by_area), abs(by_grain)) < 0.3  # 3 deviations of 100 frames
@@ -556,12 +561,11 @@ def read_label(folder: Path, text: str | bytes | None, num_classes=3, num_labels
     ("2 .25 .25 .75 .25 .5 1.0", 3, "2 .5 .625 .5 .75", None),  # a triangle's bounding box
     ("0 .2 .2 .4 .4 .2 .2", 3, "0 .3 .3 .2 .2", None), (BOX, 5, BOX, None),
     ("0 0 1 0 0", 5, "", 2), ("1 0 0 0 0", 5, "", 0), ("0 0 0 0 0 0 1", 7, "", 6),
-    ("0 0 0 1 0 1 1", 7, "0 .5 .5 1 1", None),
     ("0 .5 .5 1.000001 .2", 3, "0 .5 .5 1 .2", None),  # rounded by another tool
     ("0 .9 .5 .4 .2", 3, "0 .85 .5 .3 .2", None),  # 0.7 to 1.1 is cut to 0.7 to 1
     ("0 .5 .5 0 .2", 3, "", None), ("0 .5 .5 .2 1e-50", 3, "", None),  # no size, in float32
     ("0 .2 .2 .2 .4 .2 .3", 3, "", None), (f"{BOX}\r0 1 0\r".encode(), 3, BOX, 1),
-    (f"0 1 0\r\n\r\n{BOX}".encode(), 3, BOX, 1), (f"  {BOX}\t\n\t0  1 0 \n\n", 3, BOX, 1),
+    (f"  {BOX}\t\r\n\r\n\t0  1 0 \n\n".encode(), 3, BOX, 1),
     (b"\xef\xbb\xbf" + f"{BOX}\n0 1 0".encode(), 3, BOX, 1)], ids=str)
 def test_rows_are_boxes_polygons_or_the_class(tmp_path, text, num_labels, box, label):
     """With 5 or 7 classes a one-hot row is as long as a box or a triangle; any line end is read."""
@@ -704,6 +708,8 @@ def test_epochs_are_shuffled_anew_ranks_share_the_images_and_one_alone_is_left_o
     first, again, second = (order(16, tiny(), epoch) for epoch in (0, 0, 1))
     assert first == again != second and sorted(first) == sorted(second) == [*range(16)]
     assert first != order(16, tiny(seed=5), 0)
+    keys = itertools.product(("order", "augment", "dropout"), *[(0, 1)] * 3)  # seed, epoch, rank
+    assert len({jg.stream(*key).initial_seed() for key in keys}) == 24
     halves = [order(16, tiny(), 0, 2, rank) for rank in (0, 1)]
     assert sorted(sum(halves, [])) == [*range(16)] and len(halves[0]) == 8
     assert [len(b) for b in jg.epoch_order(17, tiny(), 0)] == [8, 8]
@@ -797,12 +803,11 @@ CONFIGS = [  # the file of --config, and what is said of it
     *((text, f"^error: c.yaml: {text.partition(':')[0]}: found .*expected") for text in (
         "mode: no", "seed: 2.5", "seed: -1", "epochs: no", "epochs: .inf", "epochs: -1", "lr: .nan",
         "lr: yes", "lr: [1]", "lr: {a: 1}", "lr:", "flip_x: 1.01", "imgsz: 65", "class_balance: 2",
-        "betas: [0.9]", "betas: [0.9, 1.0]", "betas: 0.9", "betas: [0.9, yes]", "amp: fp16",
-        "initial_weights: [1, 0]", "initial_weights: 1,2,3", "anchors: [[1, 2]]", "anchors: other",
+        "betas: [0.9, 1.0]", "betas: 0.9", "betas: [0.9, yes]", "initial_weights: [1, 0]",
+        "initial_weights: 1,2,3", "anchors: [[1, 2]]", "anchors: other",
         f"anchors: [{BOXES}, {BOXES}]", f"anchors: [{BOXES}, {BOXES}, [[1, 2], [1, 2], [1, 0]]]",
-        "mode: Gradnorm", "max_det: 30001", "optimizer: adam", "data: [1]", f"seed: {BIG}",
-        f"lr: {BIG}", f"anchors: {BIG}", "epochs: " + "9" * 5000, "seed: 2020-99-99",
-        "seed: !!bool x", "mode: !!python/object/apply:os.system ['touch ran']")),
+        "mode: Gradnorm", "max_det: 30001", "optimizer: adam", "data: [1]", f"lr: {BIG}",
+        f"anchors: {BIG}", "mode: !!python/object/apply:os.system ['touch ran']")),
     ("epoch: 3", "unknown key epoch; did you mean epochs"), ("? [a]\n: 1", "YAML|unknown key"),
     *((text, "key: value") for text in ("", "- 1", "just words")),
     *((text, r"c\.yaml: .*YAML") for text in (
@@ -812,11 +817,10 @@ PREDICT = "--mode predict --checkpoint run/last.pt"
 OPTIONS = [  # arguments, what is said of them, makers
     ("--batch 4", "--batch: no such option; did you mean batch_size"), ("--img 1", "mean imgsz"),
     ("--conf 0.4", "--conf: no such option"), ("--device gpu", "device: found 'gpu'"),
-    ("--weights 1,1", "mean initial_weights"), ("--lr", "--lr: expected one argument"),
+    ("--weights x.pt", "mean init;"), ("--lr", "--lr: expected one argument"),
     ("--lr fast", "lr: found 'fast', expected 1e-8"), ("--epochs=", "epochs: found ''"),
     ("--mode compare", "--mode: invalid choice"), ("--epochs 2.5", "epochs: found '2.5'"),
     ("--data no/such.yaml", r"no/such\.yaml: cannot be read"), ("--config .", "directory"),
-    *((f"--data {path}", "cannot be read") for path in ("/", "''")),
     ("--config no.yaml", r"no\.yaml: .*No such"), ("--resume no", r"no/config\.yaml: .*No such"),
     ("--source x", "--source: .*predict"), ("--checkpoint x.pt", "--checkpoint.*predict"),
     ("--mode predict", "needs --checkpoint"), (f"{PREDICT} --out run", "run: not empty", begun),
@@ -875,8 +879,7 @@ UNREADABLE = [  # name and bytes of an image
 TABLES = [  # classes.csv, and what is said of it
     ("a.png,x\nb.png,w\n", r"classes\.csv:2: 'b.png', 'w': .*one of the classes x, y, z"),
     ("a.png,x\nc.png,y\n", r"classes\.csv:2: 'c.png', 'y': 0 images"),
-    ("a.png,x\n\ndeep/b.png,y\n", r"classes\.csv:3: .*0 images"),
-    ("a.png,x\n,y\n", r"classes\.csv:2: .*0 images"), ("a.png,x\nb.png\n", r"classes\.csv:2: "),
+    ("a.png,x\n\ndeep/b.png,y\n", r"classes\.csv:3: .*0 images"), ("b.png\n", r"csv:1: "),
     ("file,class\nb,y\ntrain/b,z\n", r"classes\.csv:3: .*another class stands above"),
     ("b,x\n", r"b\.txt: its class row and the table differ"), (b"b,y\xff\n", "not UTF-8")]
 SETS = [  # what is said of a set, makers
@@ -895,8 +898,7 @@ SETS = [  # what is said of a set, makers
       for table, said in TABLES),
     *((["expected path, train, val"], put("set/data.yaml", text))
       for text in ("", "3", "- a", "words")),
-    (["YAML"], put("set/data.yaml", "names: [1")),
-    (["not UTF-8"], put("set/data.yaml", b"\xff")),
+    (["YAML"], put("set/data.yaml", "names: [1")), (["UTF-8"], put("set/data.yaml", b"\xff")),
     (["larger than 1 MB"], put("set/data.yaml", "#" * 2**20 + "#")),  # it may be a stranger's
     *(([r"b\.txt: .*(UTF-8|binary)"], joint(two(text=raw))) for raw in (
         BOX.encode("utf-16"), b"\x00\x01\x02", b"\xff\xd8\xff\xe0", BOX.encode("utf-16-le"))),
@@ -942,15 +944,12 @@ def test_a_mistake_is_a_line_that_names_it_and_exit_2_and_nothing_is_written(
 
 def test_settings_are_read_in_the_forms_that_people_type(tmp_path):
     """YAML 1.1 reads 1e-3 as text and `no` as False; a whole number is a fine float."""
-    anchors = [[[1, 2], [3, 4], [5, 6]]] * 3
     (tmp_path / "c.yaml").write_text("lr: 1e-3\nscale: 0\nbetas: [0.8, 0.9]\ndata: no\nseed: 3\n")
     config = jg.load_config(tmp_path / "c.yaml", {
-        "seed": "7", "initial_weights": "1,2", "class_balance": "true", "anchors": str(anchors)})
-    assert (config.lr, config.seed, config.class_balance, config.data) == (0.001, 7, True, "no")
-    assert type(config.seed) is int and type(config.scale) is float
+        "seed": "7", "initial_weights": "1,2", "anchors": str(ANCHORS.tolist())})
+    assert (config.lr, config.scale, config.data, config.seed) == (0.001, 0, "no", 7)
     assert (config.initial_weights, config.betas) == ((1, 2), (0.8, 0.9))
-    assert np.array_equal(config.anchors, anchors)
-    assert not torch.cuda.is_available() or jg.pick_device("0") == torch.device("cuda:0")
+    assert torch.equal(jg.Run(config, joint_set(), CPU).losses["det"].anchors, ANCHORS)
 
 # --------------------------------------------------------------------------------------------------
 # 4. The contract: files, results.json, header, pictures, predictions
@@ -965,7 +964,7 @@ def state_of(checkpoint: Path) -> dict:
     return torch.load(checkpoint, weights_only=True)
 
 def test_every_key_has_a_comment_a_field_and_its_line_in_help(capsys):
-    comments = dict(re.findall(r"(?m)^(\w+):.*?\S +# (\S.*)$", SHIPPED.read_text(encoding="utf-8")))
+    comments = jg.key_comments()
     assert list(comments) == list(jg.Config.__dataclass_fields__)
     with pytest.raises(SystemExit, match="0"):
         jg.main(["--help"])
@@ -980,7 +979,6 @@ def test_run_writes_the_contract(runs, mode):
     tasks = {"detect": ["det"], "classify": ["cls"]}.get(mode, ["det", "cls"])
     shared = mode in ("fixed", "equal", "gradnorm")  # a trunk that both tasks train
     assert sorted(p.name for p in out.iterdir()) == FILES
-    assert Image.open(out / "figure.png").width > 600
     assert yaml.safe_load((out / "config.yaml").read_text()) == results["config"]
     assert {key: set(x) if isinstance(x, dict) else x for key, x in results.items() if key not in (
         "config", "environment", "dataset", "flops_per_image", "peak_rss_mb")} == {
@@ -997,13 +995,12 @@ def test_run_writes_the_contract(runs, mode):
     assert total == sum(each)  # dual: each network is its task's
     assert [x > 0 for x in each] == [mode != "dual", "det" in tasks, "cls" in tasks]
     if shared:
-        share = [row["G/det"] / (row["G/det"] + row["G/cls"]) for row in rows]
-        assert results["interference"]["gradient_share"]["det"] == pytest.approx(np.mean(share))
-    weights = results["weights"]
-    given = [1.0, 0.01] if mode in ("fixed", "gradnorm") else [1.0] * len(tasks)
-    assert weights["initial"] == given
-    assert weights["change"] == pytest.approx(np.subtract(weights["final"], given))
-    assert any(abs(x) > 1e-3 for x in weights["change"]) == (mode == "gradnorm")
+        share = np.mean([row["G/det"] / (row["G/det"] + row["G/cls"]) for row in rows])
+        assert results["interference"]["gradient_share"]["det"] == pytest.approx(share)
+    given, final = [1.0] * len(tasks), results["weights"]["final"]
+    given = [1.0, 0.01] if mode in ("fixed", "gradnorm") else given
+    change = pytest.approx(np.subtract(final, given))
+    assert results["weights"] == {"initial": given, "final": final, "change": change}
     keys = {f"{key}/{task}" for task in tasks for key in (
         "L", "w", *["G"] * shared, *["r"] * (mode == "gradnorm"))}
     keys |= {"step", "epoch", "loss", "grad_norm", *["cosine", "similarity"] * shared}
@@ -1013,23 +1010,24 @@ def test_run_writes_the_contract(runs, mode):
     assert [rows[0][f"w/{task}"] for task in tasks] == pytest.approx(given)  # float32
     if mode == "gradnorm":  # nothing but the balancer moves w: replayed from the log
         L, w, G = (double([[row[f"{key}/{t}"] for t in tasks] for row in rows]) for key in "LwG")
-        b = balancer(given, lr=0.025, w_min=0.001)
+        b = balancer(given, alpha=0.7, lr=0.05, w_min=0.004)
         replayed = torch.stack([b.update(*step) for step in zip(L, G / w)])
         torch.testing.assert_close(replayed[:-1], w[1:], rtol=1e-4, atol=0)  # float32
     assert [row["step"] for row in rows] == [*range(6)] and rows[-1]["val"] == results["val"]
     assert [row["epoch"] for row in rows if "val" in row] == [1, 2]  # every second, and the last
+    scores = [sum(row["val"][m] or 0 for m in jg.METRICS[1::2]) for row in rows if "val" in row]
+    assert state_of(out / "best.pt")["epoch"] == 3 - (scores[0] > scores[1])  # of 2 and 3
     losses = [row["loss"] for row in rows]
     assert results["loss"] == pytest.approx({"mean": np.mean(losses), "final": np.mean(losses[4:])})
 
 def test_zero_epochs_print_and_draw_the_data_and_end(tmp_path, monkeypatch, capsys):
     """Default folders are numbered: nothing is ever overwritten."""
     monkeypatch.chdir(tmp_path)
-    for out in (Path("runs/fixed-synthetic-s0"), Path("runs/fixed-synthetic-s0-2")):
+    for out in (Path("runs/data-synthetic-s0"), Path("runs/data-synthetic-s0-2")):
         assert jg.main(["--mode", "fixed", *options(epochs=0)]) == 0
         printed = capsys.readouterr().out
         assert str(out) in printed.splitlines()[-1]
         assert {*os.listdir(out)} == {"config.yaml", "metrics.jsonl", "labels.png"}
-        assert Image.open(out / "labels.png").width > 600
     told = {name: [int(a), int(b)] for name, a, b in re.findall(
         r"\| ([\w ]+?) +\| +(\d+) +\| +(\d+) +\|", printed)}  # of train, of val
     for k, data in enumerate(jg.load_data(tiny())):
@@ -1053,17 +1051,12 @@ def test_what_is_odd_about_a_set_is_a_warning_and_the_run_has_all_its_files(tmp_
                  "b.txt: a box that is repeated", "c.txt: .*of no size", "c.txt: .*outside",
                  "batch_size 8: an epoch is one step of 4 images"):
         assert re.search(f"(?m)^warning: .*{note}", said)
-    assert [results_of(tmp_path / "out")["val"][m] for m in jg.METRICS] == [None] * 4
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
 
 def predict(out: Path, checkpoint: Path, *options) -> dict:
     assert jg.main(["--mode", "predict", "--checkpoint", str(checkpoint), "--out", str(out),
                     "--device", "cpu", *map(str, options)]) == 0
     return json.loads((out / "predictions.json").read_text())
-
-def test_predict_on_the_val_split_repeats_the_runs_metrics(runs, tmp_path):
-    found = predict(tmp_path / "out", runs["gradnorm"] / "last.pt")
-    assert found["metrics"] == results_of(runs["gradnorm"])["val"] and len(found["images"]) == 8
 
 def test_predict_draws_images_of_every_odd_name_and_skips_a_bad_one(runs, tmp_path, capsys):
     """Names are other people's: spaces, accents, dashes, line breaks, 200 letters, bad bytes."""
@@ -1080,9 +1073,10 @@ def test_predict_draws_images_of_every_odd_name_and_skips_a_bad_one(runs, tmp_pa
     assert {image["image"]: image["picture"] for image in images} == dict(zip(told, names.values()))
     for image in images:
         assert Image.open(out / image["picture"]).width >= 50 and image["boxes"]
-        assert set(image) == {"image", "picture", "boxes", "classification"}
     assert figures.drawable(["RBC", "白血球"]) == ["RBC", "1"]  # the font has no such letters
     assert re.search("warning: .*bad.png: not a readable image.*skipped", capsys.readouterr().err)
+    found = predict(tmp_path / "val", runs["gradnorm"] / "last.pt")  # the val split, with metrics
+    assert found["metrics"] == results_of(runs["gradnorm"])["val"] and len(found["images"]) == 8
 
 def test_predictor_puts_a_planted_box_where_it_is_in_a_file_an_image_or_pixels(runs, tmp_path):
     """160 x 60 px are 64 x 24, from y = 4 of a canvas: 16 x 8 px about (24, 12) are 40 x 20 about
@@ -1104,6 +1098,8 @@ def test_predictor_puts_a_planted_box_where_it_is_in_a_file_an_image_or_pixels(r
         assert predictor(opened) == found
     pixels = np.array(read_image(tmp_path / "x.png"))  # (60, 160, 3)
     assert predictor(pixels) == found
+    predictor.config = tiny(predict_conf=0.9999)  # the planted score is sigmoid(9)^2 = 0.99975
+    assert predictor(pixels)["boxes"] == []
     with pytest.raises(jg.UserError, match="array of float32: not a readable image"):
         predictor(np.float32(pixels))
 
@@ -1151,8 +1147,8 @@ def test_a_warm_start_takes_a_detectors_tensors_in_order(runs, tmp_path, capsys,
     left = list(before)[-6:] if form == "of other classes" else []  # the three last convolutions
     assert start(tmp_path / "no", "--init", runs["classify"] / "best.pt", **given) == 2  # no head
     taken = len(before) - 1 - len(left)  # without the anchors
-    assert f"init {init}: took {taken} tensors, left {', '.join(left) or 'none'}\n" in (
-        capsys.readouterr().out)
+    told = f"init {init}: took {taken} of the detector's tensors, left {left or 'none'}\n"
+    assert told in capsys.readouterr().out
     after = state_of(tmp_path / "out/last.pt")["network"]
     for key, x in before.items():
         if key not in left and not re.search("running|tracked", key):  # BatchNorm goes on
@@ -1172,14 +1168,13 @@ def outcome(out: Path) -> tuple:
     states = [state | {"rows": timeless(state["rows"])} for state in states]
     return timeless(log_of(out)), results, states, (out / "figure.png").read_bytes()
 
-def test_two_runs_agree_on_two_threads_with_crowded_cells_and_seeds_differ():
+def test_two_runs_agree_on_two_threads_with_crowded_cells():
     """Sums keep one order at a given thread count; of 64 images many targets share a cell."""
     size = {"epochs": 1, "batch_size": 64, "train_images": 64, "val_images": 2, "imgsz": 32}
     torch.set_num_threads(2)
     a, b = (trained(mode="gradnorm", **size) for _ in range(2))
     torch.set_num_threads(1)
-    c = trained(mode="gradnorm", seed=1, **size)
-    assert str(timeless(a.rows)) == str(timeless(b.rows)) != str(timeless(c.rows))  # NaN is not NaN
+    assert str(timeless(a.rows)) == str(timeless(b.rows))  # NaN is not NaN
     assert same(a.network.state_dict(), b.network.state_dict())
 
 def interrupt(out: Path, config: jg.Config) -> None:
@@ -1205,7 +1200,7 @@ def test_resumed_run_equals_the_uninterrupted_one(runs, tmp_path, capsys, mode, 
     assert jg.main(["--resume", str(tmp_path), "--device", "cpu"]) == 0
     assert same(outcome(runs[mode]), outcome(tmp_path))
     said, done = capsys.readouterr(), 3 if finished else 1
-    assert f"resumed after epoch {done} of 3\n" in said.out
+    assert f"{'train,' if finished else 'resumed'} after epoch {done} of 3\n" in said.out
     told = re.findall(r"(?m)^epoch (\d)/3: L/det (.*?), .*w/cls .*, mAP50 .*, accuracy ", said.err)
     L = {k: [row["L/det"] for row in log_of(tmp_path) if row["epoch"] == k] for k in range(done, 3)}
     assert told == [(f"{k + 1}", f"{np.mean(x):.3f}") for k, x in L.items()]
@@ -1216,7 +1211,8 @@ def test_a_run_whose_data_moved_goes_on_to_the_same_result(tmp_path):
     assert start(whole, **given) == 0
     interrupt(half, tiny(**given))
     (tmp_path / "old").rename(tmp_path / "new")
-    assert jg.main(["--resume", str(half), "--data", str(tmp_path / "new/data.yaml")]) == 0
+    moved = ["--data", str(tmp_path / "new/data.yaml"), "--cache_mb", "0"]
+    assert jg.main(["--resume", str(half), *moved]) == 0
     assert timeless(log_of(whole)) == timeless(log_of(half))
     assert same(*(state_of(out / "last.pt")["network"] for out in (whole, half)))
 
@@ -1268,16 +1264,16 @@ def test_bf16_on_the_cpu_stays_finite_and_near_float32():
 
 @pytest.mark.parametrize("share, small", [(0.5, 2), (0.0, 0)])
 def test_dual_shares_nothing_and_its_classifier_may_begin_on_smaller_images(share, small):
-    """Of 3 epochs round(0.5 x 3) = 2 at half of 128 px: seen by the first convolution."""
+    """Of 3 epochs round(0.5 x 3) = 2 at 0.25 of 128 px: seen by the first convolution."""
     def watch(run):
         det, cls = ({x.data_ptr() for x in part.state_dict().values()}
                     for part in run.network.parts)
-        assert not det & cls
+        assert not det & cls and run.network.parts[1].trunk.c_out == 16  # 256 x 0.0625
         run.network.parts[1].trunk[0].register_forward_pre_hook(
             lambda module, x: sizes.append(x[0].shape[2:]) if module.training else None)
     sizes = []
-    trained(watch, mode="dual", progressive_share=share, imgsz=128, eval_interval=9)
-    assert sizes == [(64, 64)] * 2 * small + [(128, 128)] * 2 * (3 - small)
+    trained(watch, mode="dual", progressive_share=share, progressive_scale=0.25, imgsz=128)
+    assert sizes == [(32, 32)] * 2 * small + [(128, 128)] * 2 * (3 - small)
 
 def rank_work(rank: int, folder: str) -> None:
     """Saves w over five steps, alone, then beside another rank on the same data and on others."""
@@ -1286,7 +1282,8 @@ def rank_work(rank: int, folder: str) -> None:
     data, _ = jg.load_data(config)
     def steps(first: int) -> list:
         run, batch = jg.Run(config, data, CPU), data.batch(range(first, first + 8))
-        return [jg.train_step(run, batch, 0.5)["w"].tolist() for _ in range(5)]
+        logs = [jg.train_step(run, batch, 0.5) for _ in range(5)]
+        return [torch.cat([log["w"], log["r"]]).tolist() for log in logs]  # r: of the mean losses
     alone = steps(0)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     torch.save([alone, steps(0), steps(8 * rank)], f"{folder}/{rank}.pt")
@@ -1386,13 +1383,6 @@ def test_smoke_weights_stand_for_nine_steps_and_then_sum_to_4_under_gradnorm_to_
     np.testing.assert_allclose(run["w"][1:].sum(1), 2, rtol=1e-6)  # float32
     assert run["w"][-1].min() > 0.1 and 0.1 < run["share_det"] < 0.9  # both tasks are trained
 
-@pytest.mark.parametrize("x, half", [([1, 2, 3], 4.303 / 3**0.5), ([0] * 5 + [6], 2.571),
-                                     ([0] * 11 + [12], 2.201), ([0, 2], 12.706)])
-def test_interval_is_t_of_tables_times_s_over_root_n(x, half):
-    q, mean = study.interval(np.array(x, float)), sum(x) / len(x)
-    assert q["mean"] == mean and q["ci95"] == pytest.approx([mean - half, mean + half])
-    assert study.interval(np.array([5.0]))["ci95"] is None
-
 def test_contrasts_have_holms_p_and_each_verdict():
     """p = 2 / 4096 where 12 seeds agree, 158 / 4096 where 10 do: by Holm times 4, times 2."""
     noise, signs = np.linspace(-0.01, 0.01, 12), np.array([-1] * 2 + [1] * 10)
@@ -1412,20 +1402,27 @@ def test_contrasts_have_holms_p_and_each_verdict():
     report = study.report_compare({"seeds": [], "modes": modes, "paired": rows, "claims": [],
                                    "sweep": "alpha=0,1"})
     assert re.search(r"\| alpha \| equal +\| dual +\|\n.*\n\| - +\| -0.100 / 0.000 \| ", report)
-    assert report.endswith("Best mean gain over the single tasks, delta_m: dual, +2.0 %.\n"
+    assert report.endswith("Best delta_m, mean gain over the single tasks: dual, +2.0 %.\n"
                            "Undecided: dual - detect (mAP50-95).\n")
+    assert rows[0]["ci95"] == pytest.approx(-0.1 + np.array([-1, 1]) * 2.201 / 12**0.5 * np.std(
+        noise**3 - noise, ddof=1))  # t of tables, 11 degrees of freedom
+    swept = {(mode, "lr", lr): {"mAP50-95": np.array(x)} for mode, lr, x in (
+        ("detect", "1", [9, 9, 9]), ("detect", "2", [1, 1, 1]), ("equal", "2", [2, 3, 4]))}
+    assert [row["ci95"] for row in study.contrasts(swept)] == [
+        pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])]  # at the same lr, 2 degrees
+    assert study.interval(np.array([5.0]))["ci95"] is None
     rows = study.contrasts({("gradnorm", None, None): table["equal", None, None]} | table)
     assert [row["versus"] for row in rows if row["mode"] == "gradnorm"] == [
         "detect", "equal", "classify", "equal"]
 
 @pytest.mark.parametrize("measure, limits, verdict, measured", [
     (["gain", "m", "a", "b"], {"at_least": "10"}, "holds", 20),
-    (["gain", "m", "b", "a"], {"at_least": 10}, "does not hold", -16.7),
     (["ratio", "m", "a", "b"], {"at_least": 1.2}, "not decided by these data", 1.2),
     (["value", "m", "a"], {"at_most": 1.1}, "does not hold", 1.2),
     (["value", "m", "a"], {"at_least": 1.1, "at_most": 1.3}, "holds", 1.2),
     (["gain", "m", "c", "b"], {"at_most": 0}, "refuted: level", 0),
-    (["difference", "m", "c", "b"], {"at_least": -0.02}, "holds", 0),
+    (["gain", "m", "c", "b"], {"at_least": -2}, "holds", 0),
+    (["difference", "m", "c", "b"], {"at_most": 0}, "not decided by these data", 0),
     (["value", "m", "once"], {"at_least": 0}, "not decided by these data", 5)])
 def test_judge_gives_each_verdict(measure, limits, verdict, measured):
     """a is 1.2 times b to +-1 %, c is b: the interval lies in, beside or across a range."""
@@ -1470,26 +1467,29 @@ def test_compare_prints_its_runs_for_xargs_and_then_only_evaluates(tmp_path, mon
     assert compare(monkeypatch, tmp_path, *cells) == 0
     assert len(made) == 24 and made == {f: f.stat().st_mtime_ns for f in tmp_path.glob("runs/*/*")}
     results = results_of(tmp_path)
-    assert "| equal " in (tmp_path / "compare.md").read_text()
     results["seeds"], results["labels"] = [1], [["detect", None, None]]  # one cell, to repeat it
     for moved, metric in enumerate(("mAP50-95", "mAP50")):
         q = results["modes"]["detect"][metric]
-        q |= {"mean": q["per_seed"][1] + moved, "ci95": None}
+        x = q["per_seed"][1]
+        q |= {"mean": x + 0.5, "ci95": None if moved else [x - 1, x + 1]}
     jg.write_json(tmp_path / "recorded.json", results)
     assert program(monkeypatch, "study", "check", tmp_path / "recorded.json",
                    "--out", tmp_path / "again") == 1  # of two metrics one is moved
     said = capsys.readouterr().out
     assert (said.count("OUTSIDE"), len(re.findall(r"\| ok +\|", said))) == (1, 1)
-    changed = compare(monkeypatch, tmp_path, *cells, "--print", "--lr", "0.5")
-    assert changed == 2 and "another run, or other data" in capsys.readouterr().err
+    assert compare(monkeypatch, tmp_path, *cells, "--print", "--lr", "0.5") == 2
+    cell = tmp_path / "runs/equal-s1/results.json"
+    jg.write_json(cell, json.loads(cell.read_text()) | {"dataset": {"fingerprint": "other"}})
+    assert compare(monkeypatch, tmp_path, *cells, "--print") == 2
+    assert capsys.readouterr().err.count("another run, or other data") == 2
     own = "--modes", "classify", "--seeds", "0", "--data", make_set(tmp_path / "set", two())
     assert compare(monkeypatch, tmp_path / "own", "compare", *own) == 0
     assert results["claims"] and results_of(tmp_path / "own")["claims"] == []  # the report's set
     monkeypatch.chdir(tmp_path)
-    sweep = "--modes", "detect", "fixed", "--seeds", "3", "--sweep", "initial_weights=[1,0.1],[1,2]"
+    sweep = "--modes", "tuned", "fixed", "--seeds", "3", "--sweep", "initial_weights=[1,0.1],[1,2]"
     assert program(monkeypatch, "study", "compare", *sweep, "--print", *options(epochs=1)) == 0
     said = capsys.readouterr().out
-    assert re.findall("mode=.*?weights=([^ ]*)", said) == ["1,0.1", "1,2"]
+    assert re.findall("mode=.*?weights=([^ ]*)", said) == [f"1,{study.TUNED}", "1,0.1", "1,2"]
     assert said.count("--out runs/fixed-initial_weights-synthetic/runs/") == 3
 
 def test_bench_times_every_variant_and_its_ratio_to_a_plain_step(tmp_path, monkeypatch):
@@ -1498,4 +1498,3 @@ def test_bench_times_every_variant_and_its_ratio_to_a_plain_step(tmp_path, monke
     assert list(results["step_ms"]) == ["fixed", "gradnorm", "textbook", "dual"]
     assert {"gradnorm/fixed", "textbook/fixed", "dual/fixed"} <= set(results["ratios"])
     assert all(x > 0 for x in results["images_per_s"].values())
-    assert Image.open(tmp_path / "out/figure.png").width > 400

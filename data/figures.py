@@ -34,36 +34,43 @@ def drawable(names: list[str]) -> list[str]:
     return [name if all(map(font.get_char_index, map(ord, name))) else str(k)
             for k, name in enumerate(names)]
 
-def draw_picture(ax: Any, image: Any, found: dict, title: str, model: Any) -> None:
-    """An image, its boxes and class, as a Predictor answers; model: whose names these are."""
-    boxes, classes = model.names, model.classification_names
+def draw_boxes(ax: Any, image: Any, boxes: list[tuple], title: str) -> None:
+    """An image and up to 300 boxes: class index, x1 y1 x2 y2 px, text beside it."""
     ax.imshow(image)
-    for box in found["boxes"][::-1]:  # the best last, on top
-        k = boxes.index(box["name"])
-        (x1, y1, x2, y2), colour = box["box_xyxy"], f"C{k % 10}"
-        ax.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour)
-        text = drawable(boxes)[k] + (f" {box['score']:.2f}" if "score" in box else "")
-        ax.text(x1, y1, text, fontsize=7, color="white", backgroundcolor=colour, parse_math=False)
-    if found["classification"]:
-        title += drawable(classes)[classes.index(found["classification"]["name"])]
+    ax.autoscale(False)  # a box on the border shall not shrink the image
+    for k, (x1, y1, x2, y2), text in boxes[299::-1]:  # the best last, on top
+        colour = f"C{k % 10}"
+        ax.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=1.2)
+        ax.text(x1, y1, text, fontsize=7, color="white", parse_math=False, clip_on=True,
+                bbox={"fc": colour, "ec": "none", "alpha": 0.6, "pad": 1} if text else None)
     ax.set_title(title, parse_math=False)
     ax.axis("off")
 
 def draw_found(image: Any, found: dict, model: Any) -> Any:
     """One image with what a Predictor found on it."""
     fig, axes = panels(1, 1, (5, 5))
-    draw_picture(axes[0, 0], image, found, "", model)
+    names, classes, boxes, title = drawable(model.names), model.classification_names, [], ""
+    for box in found["boxes"]:
+        k = model.names.index(box["name"])
+        boxes.append((k, box["box_xyxy"], f"{names[k]} {box['score']:.2f}"))
+    if found["classification"]:
+        title = drawable(classes)[classes.index(found["classification"]["name"])]
+    draw_boxes(axes[0, 0], image, boxes, title)
     return fig
 
 def draw_data(data: jg.JointSet) -> Any:
-    """Nine images of a split, evenly spaced, with their labels."""
-    fig, axes = panels(3, 3, (9, 9))
+    """Nine images of a split, evenly spaced, with their labels; a colour for each class of box."""
+    fig, axes = panels(3, 3, (9, 9 * data.canvas[0] / data.canvas[1] + 1))
+    names = [f"class {k}" if name == str(k) else name for k, name in
+             enumerate(drawable(data.classification_names))] + ["no class"]  # NO_LABEL is below 0
     for ax, i in zip(axes.flat, np.linspace(0, len(data) - 1, 9).astype(int)):
-        boxes, k = data.truth(i).tolist(), data.labels[i]
-        draw_picture(ax, data.pixels[i], {
-            "boxes": [{"name": data.names[int(c)], "box_xyxy": box} for c, *box in boxes],
-            "classification": None if k == jg.NO_LABEL else {"name": data.classification_names[k]},
-        }, f"image {i}: ", data)
+        boxes = [(int(k), box, "") for k, *box in data.truth(i).tolist()]
+        stem = data.paths[i].stem[:30] if data.paths else ""
+        stem = stem if stem and drawable([stem]) == [stem] else f"image {i}"
+        draw_boxes(ax, data.pixels[i], boxes, f"{stem}: {names[max(data.labels[i], -1)]}")
+    for k, name in enumerate(drawable(data.names)):
+        axes[0, 0].plot([], [], color=f"C{k % 10}", label=f"{k} {name}" if name != str(k) else name)
+    fig.legend(loc="upper center", ncols=8, bbox_to_anchor=(0.5, 0))
     return fig
 
 def draw_run(run: jg.Run, data: jg.JointSet) -> Any:
@@ -97,7 +104,7 @@ def draw_run(run: jg.Run, data: jg.JointSet) -> Any:
         axes[1, 2].grid(False)
     for ax in axes.flat:
         ax.set_visible(ax.has_data())  # r without GradNorm, shares without a shared trunk: none
-    fig.suptitle(f"{run.config.mode}, {run.config.data}, seed {run.config.seed}", parse_math=False)
+    fig.suptitle(f"{run.config.mode}, seed {run.config.seed}")
     return fig
 
 # --------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ SUFFIXES = ".bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 def read_text(path: Path, limit: int = 64) -> str:
     """The text of a UTF-8 file of at most `limit` MB; UserError where it is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "no file: a folder, or a pipe")
         with path.open("rb") as file:
             raw = file.read(limit * 2**20 + 1)  # no more: a device file has no end
         text = raw.decode("utf-8-sig")
@@ -83,10 +85,10 @@ def read_image(source: Any) -> Image.Image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"over {Image.MAX_IMAGE_PIXELS:,} pixels")
             return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, MemoryError, TypeError, LookupError,
-            Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, MemoryError, TypeError, LookupError, AttributeError,
+            ArithmeticError, Image.DecompressionBombError) as error:
         name, remedy = ((f"array of {source.dtype}", "expected uint8 (H, W, 3), RGB")
-                        if isinstance(source, np.ndarray) else (source, "replace it"))
+                        if isinstance(source, np.ndarray) else (str(source)[:200], "replace it"))
         raise jg.UserError(f"{name}: not a readable image ({str(error)[:60]}); {remedy}") from error
 
 
@@ -196,6 +198,8 @@ class JointFolder:
         """Image classes by `classes: FILE`, a table of file (stem, name or path) and class name."""
         if "classes" not in self.spec:
             return {}
+        if not self.labels:
+            raise jg.UserError(f"{self.path}: classes: needs classification_names beside it")
         ends, classes, path = {}, {}, self.root / str(self.spec["classes"])
         for file in files:
             parts = file.with_suffix("").parts
@@ -203,7 +207,11 @@ class JointFolder:
                 ends.setdefault(parts[k:], []).append(file)
         lines = read_text(path).splitlines()
         delimiter = max(",;\t", key="".join(lines[:1]).count)
-        for at, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
+        try:  # line by line: a stray quote spoils its own alone
+            rows = [next(csv.reader([line], delimiter=delimiter), []) for line in lines]
+        except csv.Error as error:
+            raise jg.UserError(f"{path}: expected rows of a file and a class ({error})") from error
+        for at, row in enumerate(rows, 1):
             name, label, *_ = (field.strip() for field in [*row, "", ""])
             file = Path(name.replace("\\", "/"))
             file = file.with_suffix("") if file.suffix.lower() in SUFFIXES else file
@@ -212,8 +220,9 @@ class JointFolder:
                 continue  # an empty line, or a header
             where = f"{path}:{at}: {name[:60]!r}, {label[:60]!r}"
             if len(images) != 1:
+                remedy = "give its folder too" if images else "mend the name, or delete the row"
                 self.faults.append(f"{where}: {len(images)} images of the set are named so; "
-                                   "expected one; give its folder where that is needed")
+                                   f"expected one; {remedy}")
             elif label not in self.labels:
                 known = ", ".join(self.labels)[:200]
                 self.faults.append(f"{where}: expected one of the classes {known}")
@@ -247,7 +256,8 @@ class JointFolder:
 
     def read_labels(self, files: list[Path], table: dict[Path, int]) -> jg.JointSet:
         """A split without its pixels: boxes and class of each image, and a fingerprint of all."""
-        boxes, labels, digest, owner = [], [], hashlib.sha256(), {}
+        boxes, labels, owner = [], [], {}
+        digest = hashlib.sha256(repr((self.names, self.labels)).encode())
         for file in files:
             path = label_path(file)
             if owner.setdefault(path, file) != file:  # x.jpg and x.png both mean x.txt
@@ -263,7 +273,8 @@ class JointFolder:
             boxes.append(rows)
             if self.labels and labels[-1] == jg.NO_LABEL:
                 self.notes.append(f"{path}: no image class: left out of the classification task")
-            digest.update(f"{file.name} {file.stat().st_size} {labels[-1]} {text}\n".encode())
+            seen = f"{file.name} {file.stat().st_size} {labels[-1]} {text}\n"
+            digest.update(seen.encode(errors="surrogateescape"))  # a name may be no UTF-8
         return jg.JointSet(np.empty(0), boxes, labels, self.names, self.labels, files, self.notes,
                            digest.hexdigest()[:16])
 

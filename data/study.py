@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jointgrad as jg  # noqa: E402  (before torch: it sets what torch reads when it loads)
 import numpy as np  # noqa: E402
@@ -63,6 +66,8 @@ def make_cells(args: Any, settings: dict[str, Any], out: Path) -> dict[tuple[Lab
         if mode == "tuned":
             given |= {"mode": "fixed", "initial_weights": f"1,{args.tuned:g}"}
         config = jg.clean(asdict(jg.load_config(args.config, given)))
+        if not config["epochs"]:
+            raise jg.UserError("compare: needs --epochs of 1 or more")
         own = {"init": config["init"].replace("{seed}", f"{seed}")}  # each seed's own detector
         folder = out / "runs" / re.sub(r"[^\w.,=-]", "-", f"{name_of(label)}-s{seed}")
         command = [sys.executable, str(jg.ROOT / "jointgrad.py"), "--config", str(args.config),
@@ -88,7 +93,8 @@ def finish(folder: Path, command: list[str] | None) -> dict[str, Any]:
         child = subprocess.run(command, capture_output=True, text=True)
         if child.returncode:
             reason = child.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
-            raise RuntimeError(f"{folder}: {reason or child.returncode}")
+            kind = jg.UserError if child.returncode == 2 else RuntimeError
+            raise kind(f"{folder}: {reason or child.returncode}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())
     if len(rows) != results["steps"]:
@@ -317,7 +323,7 @@ def report_compare(results: dict[str, Any]) -> str:
         text += f"\n{listed(rows)}" if rows else ""
     gains = {a: q["delta_m"]["mean"] for a, q in results["modes"].items() if "delta_m" in q}
     if gains:
-        text += "\nBest mean gain over the single tasks, delta_m: {}, {:+.1f} %.".format(
+        text += "\nBest delta_m, mean gain over the single tasks: {}, {:+.1f} %.".format(
             *max(gains.items(), key=lambda item: item[1]))
     open_rows = [f"{name_of((row['mode'], row['key'], row['value']))} - {row['versus']} "
                  f"({row['metric']})" for row in results["paired"] if row["verdict"] == "undecided"]
@@ -355,8 +361,8 @@ def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
                           for x in (mode, key))  # a sweep is named after its modes and its key
     name = Path(config.data).parent.name or Path(config.data).stem
     out = args.out or Path("runs", "-".join([*(swept or ["compare"]), name]))
-    if (out / "metrics.jsonl").exists() or not config.epochs:
-        raise jg.UserError(f"compare: needs --epochs, and an --out that is no run's; now {out}")
+    if (out / "metrics.jsonl").exists() or args.file or out.is_file():
+        raise jg.UserError(f"compare: takes no file, and an --out that is no run's; now {out}")
     cells = make_cells(args, settings, out)
     out.mkdir(parents=True, exist_ok=True)
     data, _ = jg.load_data(jg.Config(**next(iter(cells.values()))[0]), out)  # faults: told here

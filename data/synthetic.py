@@ -5,10 +5,13 @@
 
 Images and YOLO label files as a detector's tools want them; the image classes in classes.csv.
 """
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jointgrad as jg  # noqa: E402
@@ -28,9 +31,10 @@ def export(args: Any, settings: dict[str, Any]) -> None:
             lines = ["%d %.6f %.6f %.6f %.6f\n" % tuple(row) for row in boxes.tolist()]
             (folder / f"labels/{split}/{i:05d}.txt").write_text("".join(lines))
             rows.append(f"{split}/{i:05d}.png,{data.classification_names[label]}")
-    spec = {"path": ".", "train": "images/train", "val": "images/val", "nc": len(data.names),
-            "names": data.names, "classification_names": data.classification_names,
-            "classes": "classes.csv"}
+    # Absolute: YOLOv5 takes a relative path from its own folder, ultralytics from where one stands.
+    spec = {"path": str(folder.resolve()), "train": "images/train", "val": "images/val",
+            "nc": len(data.names), "names": data.names,
+            "classification_names": data.classification_names, "classes": "classes.csv"}
     (folder / "classes.csv").write_text("\n".join(rows) + "\n")
     (folder / "data.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
     print(f"{len(rows) - 1} images, labels, classes.csv and data.yaml written to {folder}/")
