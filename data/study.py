@@ -426,7 +426,7 @@ def main() -> int:
     add("--tuned", type=float, default=TUNED, metavar="W", help=f"weight of tuned, now {TUNED}")
     add("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one a core)")
     add("--print", action="store_true", help="write the commands of unfinished runs instead")
-    add("--rounds", type=int, default=300, help="bench: how often each step is timed")
+    add("--rounds", type=int, default=100, help="bench: how often each step is timed")
     add("--tasks", type=int, default=2, choices=(2, 3, 4, 8, 16), help="bench: losses on one trunk")
     add("--peers", action="store_true", help="bench: the steps of other packages too")
     return jg.run_program(parser, lambda args, given: int(jobs[args.job](args, given) is False))
