@@ -817,7 +817,7 @@ PREDICT = "--mode predict --checkpoint run/last.pt"
 OPTIONS = [  # arguments, what is said of them, makers
     ("--batch 4", "--batch: no such option; did you mean batch_size"), ("--img 1", "mean imgsz"),
     ("--conf 0.4", "--conf: no such option"), ("--device gpu", "device: found 'gpu'"),
-    ("--weights x.pt", "mean init;"), ("--lr", "--lr: expected one argument"),
+    ("--weights x.pt", "mean init"), ("--lr", "--lr: expected one argument"),
     ("--lr fast", "lr: found 'fast', expected 1e-8"), ("--epochs=", "epochs: found ''"),
     ("--mode compare", "--mode: invalid choice"), ("--epochs 2.5", "epochs: found '2.5'"),
     ("--data no/such.yaml", r"no/such\.yaml: cannot be read"), ("--config .", "directory"),

@@ -399,7 +399,7 @@ def check(args: Any, settings: dict[str, Any]) -> bool:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise jg.UserError(f"{args.file}: expected the results.json of a comparison") from error
     args.out = jg.new_folder(args.out, f"check-{args.file.resolve().parent.name}")
-    args.config, args.print, rows = args.out / "config.yaml", False, []
+    args.config, args.print, args.file, rows = args.out / "config.yaml", False, None, []
     jg.write_json(args.config, recorded["config"])  # JSON is YAML
     measured = compare(args, {})["modes"]
     for mode, metric in itertools.product(measured, jg.METRICS):
