@@ -803,13 +803,13 @@ def make_optimizer(part: JointNet, config: Config, lr: float) -> torch.optim.Opt
         members = [p for name, p in part.named_parameters() if (p.ndim > 1) == kernels
                    and (part.detach and name.startswith("heads.cls")) == detached]
         if members:
-            vector = nn.Parameter(torch.cat([p.detach().flatten() for p in members]))
-            vector.grad, at = torch.zeros_like(vector), 0
-            for p in members:  # by its strides: a kernel stays in channels_last order
-                view = vector.detach().as_strided(p.shape, p.stride(), at)
+            starts = [0, *itertools.accumulate(-(-p.numel() // 64) * 64 for p in members)]
+            vector = nn.Parameter(members[0].new_zeros(starts[-1]))
+            vector.grad = torch.zeros_like(vector)
+            for p, at in zip(members, starts):  # at 256 bytes each, as from CUDA's allocator, and
+                view = vector.detach().as_strided(p.shape, p.stride(), at)  # in its own strides
                 p.data = view.copy_(p.data)
                 p.grad = vector.grad.as_strided(p.shape, p.stride(), at)
-                at += p.numel()
             groups.append({"params": [vector], "weight_decay": config.weight_decay * kernels,
                            "peak": lr, "detached": detached})
     if config.optimizer == "sgd":
