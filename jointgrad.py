@@ -26,13 +26,13 @@ GradNorm (Chen et al., ICML 2018) as `GradNorm.update` computes it, in the paper
 Departures, each marked where it stands:
 - GradNorm: the weights keep a floor w_min (as published they go negative on the paper's own toy).
 - GradNorm: a step on which a task has no labels leaves the weights as they are.
-- YOLOv5: BatchNorm momentum 0.1, AdamW, class gain 1.0 (config.yaml): for runs of some 1000 steps.
+- YOLOv5: BatchNorm momentum 0.1, AdamW, a cosine schedule, class gain 1.0 (config.yaml), and no
+  mosaic, colour jitter or moving average of the weights: for runs of some 1000 steps.
 - YOLOv5: of several objectness targets for one cell the largest counts, whatever their order.
 - COCO: average precision counts max_det (300) detections an image, not 100.
 
-Sources: Chen, Badrinarayanan, Lee, Rabinovich, arXiv 1711.02257 (GradNorm); Jocher et al.,
-YOLOv5 v6 (design only); Zheng et al., arXiv 1911.08287 (CIoU); Hu et al., arXiv 1709.01507 (SE);
-Woo et al., arXiv 1807.06521 (CBAM).
+Sources: arXiv 1711.02257 (GradNorm), 1911.08287 (CIoU: Zheng et al.), 1709.01507 (SE: Hu et al.),
+1807.06521 (CBAM: Woo et al.); Jocher et al., YOLOv5 v6 (design only).
 """
 from __future__ import annotations
 
@@ -1518,9 +1518,8 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
         raise UserError("--checkpoint, --source: they go with --mode predict")
     if args.resume and (args.out or args.mode or settings.keys() - FREE
                         or args.config != ROOT / "config.yaml"):
-        raise UserError(f"--resume: takes no option but {', '.join(FREE)}; the others stand in "
-                        f"{args.resume / 'config.yaml'}. More epochs are a new run, with another "
-                        f"schedule: see --init {args.resume / 'last.pt'}")
+        raise UserError(f"--resume: takes no option but {', '.join(FREE)}; the others stand in its "
+                        f"config.yaml. More epochs, another schedule: --init {args.resume}/last.pt")
     torch.set_num_threads(1)
     if args.mode == "predict":
         return run_predict(args, settings)
@@ -1530,7 +1529,8 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
                          settings | ({"mode": args.mode} if args.mode else {}))
     torch.set_num_threads(config.threads)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group()  # gloo for tensors on the CPU, NCCL on CUDA
+        kind = pick_device(config.device).type  # a GPU may be there and not be used
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     out, kind = args.resume or Path("."), config.mode if config.epochs else "data"
     name = Path(config.data).parent.name or Path(config.data).stem
     if not args.resume and int(os.environ.get("RANK", 0)) == 0:  # the others write nothing
