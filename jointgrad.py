@@ -1473,9 +1473,7 @@ def run_reproduce(out: Path) -> int:
 
 def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Pictures and predictions.json, of an image, a folder, or a set's val split with metrics."""
-    if not args.checkpoint:
-        raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt")
-    predictor, metrics = Predictor(args.checkpoint, **settings), None
+    predictor, metrics, images = Predictor(args.checkpoint, **settings), None, []
     torch.set_num_threads(predictor.config.threads)
     predictor.network.to(pick_device(predictor.config.device))
     out = new_folder(args.out, f"predict-{args.checkpoint.resolve().parent.name}")
@@ -1485,12 +1483,12 @@ def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
         _, data = load_data(predictor.config, out)
         learnt = predictor.names, predictor.classification_names
         if (data.names, data.classification_names) != learnt:
+            out.rmdir()
             raise UserError(f"--data {predictor.config.data}: other classes than the checkpoint's")
         metrics = evaluate(predictor.network, data, predictor.config)
         items = data.paths or list(data.pixels)
         print(markdown(["metric", "value"], [[m, metrics[m]] for m in METRICS]))
     from data import figures, joint
-    images = []
     for k, item in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
         name = item if isinstance(item, Path) else Path(f"val-{k}")
         picture = re.sub(r"[^\w.-]", "_", name.stem)[:50] + ".png"  # no newline, no long name
@@ -1505,6 +1503,7 @@ def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
                        "picture": picture} | predictor(item))
         figures.save(figures.draw_found(item, images[-1], predictor), out / picture)
     if not images:
+        out.rmdir()
         raise UserError(f"--source {args.source}: no readable image there")
     write_json(out / "predictions.json", {"schema": "jointgrad/2", "mode": "predict",
                                           "metrics": metrics, "images": images})
@@ -1514,8 +1513,9 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
     """What the options ask for: a training run, the smoke test, or predictions."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
-    if args.mode != "predict" and (args.checkpoint or args.source):
-        raise UserError("--checkpoint, --source: they go with --mode predict")
+    if (args.mode == "predict") != bool(args.checkpoint) or args.source and not args.checkpoint:
+        raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt; other modes take "
+                        "neither it nor --source")
     if args.resume and (args.out or args.mode or settings.keys() - FREE
                         or args.config != ROOT / "config.yaml"):
         raise UserError(f"--resume: takes no option but {', '.join(FREE)}; the others stand in its "
@@ -1537,7 +1537,7 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
         out = new_folder(args.out, f"{kind}-{name}-s{config.seed}")
     try:
         run_training(config, out, bool(args.resume))
-    except UserError:
+    except Exception:
         if not any(out.iterdir()):
             out.rmdir()  # so that the corrected run is not the second
         raise
