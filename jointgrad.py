@@ -10,7 +10,7 @@ GradNorm (Chen et al., ICML 2018) as `GradNorm.update` computes it, in the paper
     n_i = ||grad_W L_i||             G_i = w_i n_i = ||grad_W w_i L_i||      G_bar = mean(G)
     L_tilde_i = L_i / L_i(0)         r_i = L_tilde_i / mean(L_tilde)      target_i = G_bar r_i^alpha
     L_grad = sum |G_i - target_i|    dL_grad/dw_i = sign(G_i - target_i) n_i    w <- Adam(dL_grad)
-    w <- w T / sum(w), with a floor: w <- w_min + (w - w_min) (T - T w_min) / sum(w - w_min)
+    w <- w T / sum(w), with a floor: w <- w_min + a (T - T w_min) / sum(a), a = max(w - w_min, 0)
 
     code       paper    meaning
     T          T        number of tasks
@@ -18,14 +18,14 @@ GradNorm (Chen et al., ICML 2018) as `GradNorm.update` computes it, in the paper
     L, L0      L_i      losses (T,), their first values
     L_tilde    L~_i     L / L0: the inverse training rate (small = trained fast)
     r          r_i      relative inverse training rate
-    n, G       G_W      gradient norms at W of L_i and of w_i L_i
+    n, G       -, G_W   gradient norms at W of L_i and of w_i L_i
     W          W        kernel of the last convolution of the shared trunk
     alpha      alpha    strength of the pull towards equal training rates
     P3, P4, P5          feature maps of stride 8, 16, 32 px
 
-Departures, each marked where it stands:
+Departures, marked where a line of the code makes them:
 - GradNorm: the weights keep a floor w_min (as published they go negative on the paper's own toy).
-- GradNorm: a step on which a task has no labels leaves the weights as they are.
+- GradNorm: where an L_i or n_i is 0 (no image of the batch has a class), w is only rescaled.
 - YOLOv5: BatchNorm momentum 0.1, AdamW, a cosine schedule, class gain 1.0 (config.yaml), and no
   mosaic, colour jitter or moving average of the weights: for runs of some 1000 steps.
 - YOLOv5: of several objectness targets for one cell the largest counts, whatever their order.
@@ -154,7 +154,7 @@ class Config:
         return self.initial_weights if given else (1.0,) * len(self.tasks)
 
 # --------------------------------------------------------------------------------------------------
-# 2. Balancer: (losses, gradient norms at W) -> task weights
+# 2. Balancer: (losses, their L0, gradient norms at W) -> task weights
 # --------------------------------------------------------------------------------------------------
 
 class GradNorm:
@@ -177,13 +177,13 @@ class GradNorm:
         """The next w (T,), from losses L (T,) and the norms n (T,) at W of their own gradients."""
         T = len(self.w)
         self.L0 = torch.where(self.L0 > 0, self.L0, L)
-        G = self.w * n  # (T,), of the step just made; G to L_grad: GradNorm, section 3.1
+        G = self.w * n  # (T,), of the step just made; G to r: GradNorm, section 3.1
         G_bar = G.mean()
         L_tilde = L / self.L0.clamp(min=1e-12)  # (T,)
         r = L_tilde / L_tilde.mean().clamp(min=1e-12)  # (T,), of mean 1
-        target = G_bar * r**self.alpha  # (T,), a constant: L_grad is not differentiated through it
+        target = G_bar * r**self.alpha  # (T,), eq. 1; a constant, not differentiated through
         dL_grad_dw = torch.sign(G - target) * n  # of L_grad = sum |G - target|, eq. 2
-        # Departs from the paper (every batch has labels): because without, L or n is 0; w stays.
+        # Departs from the paper (every batch has labels): because at L or n = 0 w has no target.
         labelled, before = (L * n > 0).all(), self.w.clone()
         self.w.grad = torch.where(labelled, dL_grad_dw, 0.0)
         self.adam.step()  # w, in place
@@ -203,7 +203,7 @@ class GradNorm:
         self.adam.load_state_dict(state["adam"])
 
 # --------------------------------------------------------------------------------------------------
-# 3. Batches: one split in memory -> shuffled, augmented batches
+# 3. Batches: one split in memory, seed -> shuffled, augmented batches
 # --------------------------------------------------------------------------------------------------
 
 NO_LABEL = -100  # an image without a class; cross_entropy's ignore_index
@@ -259,7 +259,7 @@ def epoch_order(count: int, config: Config, epoch: int, world=1, rank=0) -> list
     """The batches of an epoch as image indices, shuffled, one rank's share."""
     order = torch.randperm(count, generator=stream("order", config.seed, epoch, 0))  # of all ranks
     order = order.repeat(world)[rank::world][:math.ceil(count / world)]  # equal shares
-    # BatchNorm cannot train on one image: a last batch of one is left out.
+    # One image is poor for BatchNorm and, where P5 is one cell, an error: a last one is left out.
     return [indices for indices in order.split(config.batch_size) if len(indices) > 1]
 
 def augment(batch: Batch, config: Config, rng: torch.Generator) -> Batch:
@@ -346,12 +346,12 @@ def prediction_grid(raw: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor,
     return torch.cat(cells), torch.cat(sizes), torch.cat(strides)
 
 def decode(logits: Tensor, cell: Tensor, anchor: Tensor, stride: Tensor) -> Tensor:
-    """Boxes (..., 4) px: xy = (2 sigmoid - 0.5 + cell) stride, wh = (2 sigmoid)^2 anchor."""
+    """cx cy w h (..., 4) px: xy = (2 sigmoid - 0.5 + cell) stride, wh = (2 sigmoid)^2 anchor."""
     p = 2 * logits[..., :4].sigmoid()  # 0 to 2: xy reach half a cell beyond, wh 4 anchors
     return torch.cat([(p[..., :2] - 0.5 + cell) * stride, p[..., 2:].square() * anchor], -1)
 
 def suppress(boxes_xyxy: np.ndarray, iou_thres: float, max_det: int) -> list[int]:
-    """Indices of the boxes (n, 4), best first, that no kept one overlaps more; at most max_det."""
+    """Indices (<= max_det) of boxes (n, 4), best first, that no kept one overlaps > iou_thres."""
     kept: list[int] = []
     for start in range(0, len(boxes_xyxy), 256):  # in blocks: thousands make no n x n matrix
         block = boxes_xyxy[start:start + 256]  # (m, 4)
@@ -385,7 +385,7 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.nd
 # --------------------------------------------------------------------------------------------------
 
 class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution as the one matrix product that it is: 0.86 of a default step's time."""
+    """A 1x1 convolution as one matrix product: a default step then takes 0.86 of the time."""
     def forward(self, x: Tensor) -> Tensor:
         places = x.permute(0, 2, 3, 1)  # (B, h, w, c_in): a view of channels_last order
         return F.linear(places, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -418,7 +418,7 @@ class C3(nn.Module):
         return self.cv3(torch.cat([self.m(self.cv1(x)), self.cv2(x)], 1))
 
 class SPPF(nn.Module):
-    """Spatial pyramid pooling: the map beside its 5, 9, 13 px maxima, by three pools in a row."""
+    """Spatial pyramid pooling: the map beside its 5, 9, 13 cell maxima, by three pools in a row."""
     def __init__(self, c: int):
         super().__init__()
         self.cv1, self.cv2, self.pool = Conv(c, c // 2), Conv(2 * c, c), nn.MaxPool2d(5, 1, 2)
@@ -426,7 +426,7 @@ class SPPF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = [self.cv1(x)]
         for _ in range(3):
-            maps.append(self.pool(maps[-1]))  # 5 px, then 5 + 4, then 5 + 4 + 4
+            maps.append(self.pool(maps[-1]))  # 5 cells, then 5 + 4, then 5 + 4 + 4
         return self.cv2(torch.cat(maps, 1))
 
 def channels(c: int, width_multiple: float) -> int:
@@ -450,7 +450,7 @@ class Trunk(nn.Sequential):
         return self[-1].cv3[0].weight  # (c_out, c_out, 1, 1)
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by what all channels' pooled values (B, c, 1, 1) say (1709.01507)."""
+    """Scales each channel by all channels' pooled values (1709.01507; reduction 4, there 16)."""
     def __init__(self, c: int, pools: tuple = (torch.mean,)):
         super().__init__()
         squeezed, self.pools = max(4, c // 4), pools
@@ -545,7 +545,7 @@ class Network(nn.Module):
             if dual else [JointNet(trunk, heads, config.mode == "detach")])
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                # Departs from YOLOv5 (0.03): because its statistics lag hundreds of steps behind.
+                # Departs from YOLOv5 (0.03): because its statistics lag behind in a short run.
                 module.momentum = config.batchnorm_momentum
 
     def forward(self, images: Tensor) -> dict[str, Any]:
@@ -567,7 +567,7 @@ def match_targets(targets: Tensor, shapes: list[tuple[int, int]], anchors: Tenso
                   anchor_thres: float) -> Match:
     """Pairs each target (N, 6) with anchors of like size, in its cell and its two neighbours.
 
-    On every level; shapes: (h, w) of each level; anchors: (3, 3, 2) px.
+    On every level (L = 3 here, not losses); shapes: (h, w) of each; anchors: (3, 3, 2) px.
     """
     device = targets.device
     sizes = torch.tensor([(w, h) for h, w in shapes], device=device)  # (L, 2)
@@ -628,7 +628,7 @@ def classification_loss(logits: Tensor, batch: Batch, class_weights: Tensor) -> 
     return total / (class_weights[batch.labels.clamp(min=0)] * known).sum().clamp(min=1e-9)
 
 def make_losses(network: Network, train_set: JointSet, config: Config) -> dict[str, Any]:
-    """The loss of each task; class_balance weighs class k by N / (C n_k), mean 1 if all occur."""
+    """The loss of each task; class_balance weighs class k by N / (C n_k): a mean of 1 per image."""
     losses = {}
     if "det" in config.tasks:
         anchors = network.parts[0].heads["det"].anchors
@@ -660,7 +660,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x
 
 def similarities(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and 2ab / (a^2 + b^2), means over pairs (...,), of inner products (..., T, T)."""
+    """Cosine, magnitude similarity 2ab / (a^2 + b^2): pair means (...,) of products (..., T, T)."""
     T, squares = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
     ab = (squares[..., None] * squares[..., None, :]).sqrt()  # (..., T, T)
     cosine = gram / ab.clamp(min=1e-30)
@@ -673,8 +673,8 @@ def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor,
     """Leaves the gradient of sum(w_i L_i) in the parameters' .grad; returns what it saw on the way.
 
     The graph is cut at P3, one leaf a head: each weighted loss goes back to its own leaf, where its
-    gradient g_i is read; the sum goes on through the trunk. The gradient at W takes g_i through the
-    last layer alone.
+    gradient g_i is read; the sum (`detach`: g_det alone) goes on through the trunk. The gradient
+    at W takes g_i through the last layer alone.
     """
     with autocast:  # of the forward pass alone: the products below need their digits
         P3, cuts, outputs = part(batch.images)  # P3, each cut: (B, c_out, H/8, W/8)
@@ -755,7 +755,7 @@ def evaluate(network: Network, data: JointSet, config: Config) -> dict[str, Any]
         cells = (labels * C + guess)[labels != NO_LABEL]  # row * C + column of each image
         confusion = np.bincount(cells, minlength=C * C).reshape(C, C)
         count, right = confusion.sum(1), confusion.diagonal()  # (C,) each
-        recall = [float(r / n) if n else math.nan for r, n in zip(right, count)]
+        recall = [float(hit / of) if of else math.nan for hit, of in zip(right, count)]
         if count.any():  # else the split has no class
             metrics |= {"accuracy": float(right.sum() / count.sum()),
                         "balanced_accuracy": float(np.nanmean(recall))}
@@ -766,6 +766,37 @@ def evaluate(network: Network, data: JointSet, config: Config) -> dict[str, Any]
 # --------------------------------------------------------------------------------------------------
 # 9. Training: config, data -> a trained network, epoch by epoch
 # --------------------------------------------------------------------------------------------------
+
+def make_optimizer(part: JointNet, config: Config, lr: float) -> torch.optim.Optimizer:
+    """AdamW or SGD, weight decay on kernels alone, as in YOLOv5.
+
+    Parameters and gradients move into a few long vectors: a default step is 6 % shorter. A head
+    behind `detach` has vectors of its own, so that its gradient does not clip the detector's.
+    """
+    groups = []
+    for kernels, detached in itertools.product((True, False), repeat=2):
+        members = [p for name, p in part.named_parameters() if (p.ndim > 1) == kernels
+                   and (part.detach and name.startswith("heads.cls")) == detached]
+        if members:
+            starts = [0, *itertools.accumulate(-(-p.numel() // 64) * 64 for p in members)]
+            vector = nn.Parameter(members[0].new_zeros(starts[-1]))
+            vector.grad = torch.zeros_like(vector)
+            for p, at in zip(members, starts):  # each at 256 bytes, as CUDA's kernels need
+                view = vector.detach().as_strided(p.shape, p.stride(), at)  # p's own strides
+                p.data = view.copy_(p.data)
+                p.grad = vector.grad.as_strided(p.shape, p.stride(), at)
+            groups.append({"params": [vector], "weight_decay": config.weight_decay * kernels,
+                           "peak": lr, "detached": detached})
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+
+def learning_rate(progress: float, warmup: float) -> float:
+    """Share of the peak rate at `progress` in [0, 1]: a linear rise, then a cosine to 1 %."""
+    if progress < warmup:
+        return progress / warmup
+    done = (progress - warmup) / (1 - warmup + 1e-9)  # 1e-9: warmup may be 1
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 class Run:
     """Everything that the rest of a run depends on."""
@@ -792,39 +823,8 @@ class Run:
         self.balancer = GradNorm(config.weights, config.alpha, config.gradnorm_lr, config.w_min,
                                  device=device) if config.mode == "gradnorm" else None
 
-def make_optimizer(part: JointNet, config: Config, lr: float) -> torch.optim.Optimizer:
-    """AdamW or SGD, weight decay on kernels alone, as in YOLOv5.
-
-    Parameters and gradients move into a few long vectors: a default step is 6 % shorter. A head
-    behind `detach` has vectors of its own, so that its gradient does not clip the detector's.
-    """
-    groups = []
-    for kernels, detached in itertools.product((True, False), repeat=2):
-        members = [p for name, p in part.named_parameters() if (p.ndim > 1) == kernels
-                   and (part.detach and name.startswith("heads.cls")) == detached]
-        if members:
-            starts = [0, *itertools.accumulate(-(-p.numel() // 64) * 64 for p in members)]
-            vector = nn.Parameter(members[0].new_zeros(starts[-1]))
-            vector.grad = torch.zeros_like(vector)
-            for p, at in zip(members, starts):  # at 256 bytes each, as from CUDA's allocator, and
-                view = vector.detach().as_strided(p.shape, p.stride(), at)  # in its own strides
-                p.data = view.copy_(p.data)
-                p.grad = vector.grad.as_strided(p.shape, p.stride(), at)
-            groups.append({"params": [vector], "weight_decay": config.weight_decay * kernels,
-                           "peak": lr, "detached": detached})
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=True, fused=True)
-    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
-
-def learning_rate(progress: float, warmup: float) -> float:
-    """Share of the peak rate at `progress` in [0, 1]: a linear rise, then a cosine to 1 %."""
-    if progress < warmup:
-        return progress / warmup
-    done = (progress - warmup) / (1 - warmup + 1e-9)  # 1e-9: warmup may be 1
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
-
 def train_step(run: Run, batch: Batch, progress: float,
-               backward: Callable = backward) -> dict[str, Tensor]:
+               backward: Callable = backward) -> dict[str, Tensor]:  # data/study.py times others
     """One step of every network, then of the balancer; what the log needs, still as tensors."""
     signals, grad_norms = [], []
     weights = run.w.split([len(part.heads) for part in run.network.parts])  # dual: (1,) each
@@ -847,7 +847,7 @@ def train_step(run: Run, batch: Batch, progress: float,
     return log
 
 def log_rows(steps: list[dict[str, Tensor]], tasks: tuple[str, ...]) -> list[dict[str, float]]:
-    """What `train_step` returned, a row of numbers a step; all at once: a GPU waits but once."""
+    """What `train_step` returned, a row of numbers a step; one wait for the GPU, not one a step."""
     table = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}  # (steps, ...)
     if "gram" in table:
         table["cosine"], table["similarity"] = similarities(table.pop("gram"))
@@ -887,11 +887,11 @@ def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]
     return rows
 
 def train(run: Run, train_set: JointSet, val_set: JointSet) -> Iterator[None]:
-    """Trains to the last epoch; yields after each, its rows in run.rows, metrics if one was due."""
+    """Trains to the last epoch; yields after each: its rows in run.rows, metrics where due."""
     config = run.config
     steps = len(epoch_order(len(train_set), config, 0, run.world, run.rank))
     if not steps:
-        raise UserError("train: fewer than two images a process; add images or use fewer")
+        raise UserError("train: fewer than two images a process; add images or use fewer processes")
     with tqdm(total=config.epochs * steps, initial=run.epoch * steps, unit="step", leave=False,
               desc=config.mode, disable=run.rank > 0 or None) as bar:  # None: if no terminal
         while run.epoch < config.epochs:
