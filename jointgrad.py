@@ -1529,8 +1529,8 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
                          settings | ({"mode": args.mode} if args.mode else {}))
     torch.set_num_threads(config.threads)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        kind = pick_device(config.device).type  # a GPU may be there and not be used
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        device = pick_device(config.device)  # not what is there: a GPU may stay unused
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out, kind = args.resume or Path("."), config.mode if config.epochs else "data"
     name = Path(config.data).parent.name or Path(config.data).stem
     if not args.resume and int(os.environ.get("RANK", 0)) == 0:  # the others write nothing
