@@ -132,12 +132,14 @@ def draw_plane(results: dict[str, Any]) -> Any:
     return fig
 
 def draw_sweep(results: dict[str, Any]) -> Any:
-    """Both judged metrics over the swept value: a line a mode through its means, a dot a seed."""
-    labels, (fig, axes) = results["labels"], panels(1, 2, (8, 3.8))
+    """Each judged metric over the swept value: a line a mode through its means, a dot a seed."""
+    labels, metrics = results["labels"], [metric for metric in SCORES if any(
+        metric in q for q in results["modes"].values())]  # detect alone has one of the two
+    fig, axes = panels(1, len(metrics), (4 * len(metrics), 3.8))
     ticks = list(dict.fromkeys(value for _, key, value in labels if key))
     points = [(mode, x, q) for (mode, key, value), q in zip(labels, results["modes"].values())
               for x in ([ticks.index(value)] if key else range(len(ticks)))]
-    for ax, metric in zip(axes[0], SCORES):
+    for ax, metric in zip(axes[0], metrics):
         for mode in dict.fromkeys(mode for mode, _, _ in points):
             line = [(x, q[metric]["mean"], q[metric]["per_seed"]) for owner, x, q in points
                     if owner == mode and metric in q]
@@ -147,7 +149,7 @@ def draw_sweep(results: dict[str, Any]) -> Any:
                 ax.plot([x] * len(scores), scores, ".", c=c)
         ax.set_xticks(range(len(ticks)), ticks)
         ax.set(xlabel=results["sweep"].partition("=")[0], title=metric.replace("_", " "))
-    axes[0, 1].legend()
+    axes[0, -1].legend()
     return fig
 
 def draw_weights(results: dict[str, Any]) -> Any:
