@@ -1468,8 +1468,7 @@ def test_compare_prints_its_runs_for_xargs_and_then_only_evaluates(tmp_path, mon
     assert len(made) == 24 and made == {f: f.stat().st_mtime_ns for f in tmp_path.glob("runs/*/*")}
     results = results_of(tmp_path)
     results["seeds"], results["labels"] = [1], [["detect", None, None]]  # one cell, to repeat it
-    for moved, metric in enumerate(("mAP50-95", "mAP50")):
-        q = results["modes"]["detect"][metric]
+    for moved, q in enumerate(results["modes"]["detect"][m] for m in ("mAP50-95", "mAP50")):
         x = q["per_seed"][1]
         q |= {"mean": x + 0.5, "ci95": None if moved else [x - 1, x + 1]}
     jg.write_json(tmp_path / "recorded.json", results)
@@ -1482,7 +1481,8 @@ def test_compare_prints_its_runs_for_xargs_and_then_only_evaluates(tmp_path, mon
     jg.write_json(cell, json.loads(cell.read_text()) | {"dataset": {"fingerprint": "other"}})
     assert compare(monkeypatch, tmp_path, *cells, "--print") == 2
     assert capsys.readouterr().err.count("another run, or other data") == 2
-    own = "--modes", "classify", "--seeds", "0", "--data", make_set(tmp_path / "set", two())
+    data = make_set(tmp_path / "set", two(), {"v.png": (picture(), "0 1 0\n")})  # no box: no score
+    own = "--modes", "detect", "--seeds", "0", "--sweep", "lr=0.1", "--data", data
     assert compare(monkeypatch, tmp_path / "own", "compare", *own) == 0
     assert results["claims"] and results_of(tmp_path / "own")["claims"] == []  # the report's set
     monkeypatch.chdir(tmp_path)

@@ -133,11 +133,11 @@ def draw_plane(results: dict[str, Any]) -> Any:
 
 def draw_sweep(results: dict[str, Any]) -> Any:
     """Each judged metric over the swept value: a line a mode through its means, a dot a seed."""
-    labels, metrics = results["labels"], [metric for metric in SCORES if any(
-        metric in q for q in results["modes"].values())]  # detect alone has one of the two
+    labels, measured = results["labels"], results["modes"].values()
+    metrics = [x for x in SCORES if any(x in q for q in measured)] or SCORES  # of no box: no score
     fig, axes = panels(1, len(metrics), (4 * len(metrics), 3.8))
     ticks = list(dict.fromkeys(value for _, key, value in labels if key))
-    points = [(mode, x, q) for (mode, key, value), q in zip(labels, results["modes"].values())
+    points = [(mode, x, q) for (mode, key, value), q in zip(labels, measured)
               for x in ([ticks.index(value)] if key else range(len(ticks)))]
     for ax, metric in zip(axes[0], metrics):
         for mode in dict.fromkeys(mode for mode, _, _ in points):
