@@ -26,10 +26,10 @@ GradNorm (Chen et al., ICML 2018) as `GradNorm.update` computes it, in the paper
 Departures, marked where a line of the code makes them:
 - GradNorm: the weights keep a floor w_min (as published they go negative on the paper's own toy).
 - GradNorm: where an L_i or n_i is 0 (no image of the batch has a class), w is only rescaled.
-- YOLOv5: BatchNorm momentum 0.1, AdamW, a cosine schedule, class gain 1.0 (config.yaml), and no
-  mosaic, colour jitter or moving average of the weights: for runs of some 1000 steps.
+- YOLOv5: BatchNorm momentum 0.1, AdamW, a cosine schedule, class gain 1.0 (config.yaml), anchors by
+  k-means alone, no mosaic, colour jitter, nominal batch of 64 or weight average: for short runs.
 - YOLOv5: of several objectness targets for one cell the largest counts, whatever their order.
-- COCO: average precision counts max_det (300) detections an image, not 100.
+- COCO: average precision counts max_det (300) detections an image, not 100 of a class.
 
 Sources: arXiv 1711.02257 (GradNorm), 1911.08287 (CIoU: Zheng et al.), 1709.01507 (SE: Hu et al.),
 1807.06521 (CBAM: Woo et al.); Jocher et al., YOLOv5 v6 (design only).
@@ -263,7 +263,7 @@ def epoch_order(count: int, config: Config, epoch: int, world=1, rank=0) -> list
     return [indices for indices in order.split(config.batch_size) if len(indices) > 1]
 
 def augment(batch: Batch, config: Config, rng: torch.Generator) -> Batch:
-    """Random flips, zoom and shift; boxes of which less than a fifth stays in view are dropped."""
+    """Random flips, zoom and shift; boxes less than a fifth in view (YOLOv5: a tenth) go."""
     images, targets, labels = batch
     targets = targets.clone()  # flips write in place
     u = torch.rand(len(images), 5, generator=rng).to(images.device)  # (B, 5), alike on every device
@@ -385,7 +385,7 @@ def find_boxes(raw: list[Tensor], anchors: Tensor, config: Config) -> list[np.nd
 # --------------------------------------------------------------------------------------------------
 
 class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution as one matrix product: a default step then takes 0.86 of the time."""
+    """A 1x1 convolution of stride 1 as one matrix product: a step then takes 0.86 of the time."""
     def forward(self, x: Tensor) -> Tensor:
         places = x.permute(0, 2, 3, 1)  # (B, h, w, c_in): a view of channels_last order
         return F.linear(places, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -548,7 +548,7 @@ class Network(nn.Module):
                 # Departs from YOLOv5 (0.03): because its statistics lag behind in a short run.
                 module.momentum = config.batchnorm_momentum
 
-    def forward(self, images: Tensor) -> dict[str, Any]:
+    def forward(self, images: Tensor) -> dict[str, Any]:  # to evaluate; gradients end at the cut
         return {task: out for part in self.parts for task, out in part(images)[2].items()}
 
 # --------------------------------------------------------------------------------------------------
@@ -581,8 +581,7 @@ def match_targets(targets: Tensor, shapes: list[tuple[int, int]], anchors: Tenso
     near = torch.cat([torch.ones_like(near_low[:1]), near_low, near_high])  # (5, L, N)
     offsets = torch.tensor([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]], device=device)
     o, level, anchor, target = (near[:, :, None] & alike).nonzero(as_tuple=True)  # of (5, L, 3, N)
-    cell = (centre[level, target] - offsets[o]).long()
-    cell = torch.minimum(cell.clamp(min=0), sizes[level] - 1)  # a centre may lie on the border
+    cell = torch.minimum((centre[level, target] - offsets[o]).long(), sizes[level] - 1)  # border
     counts = sizes.prod(1) * 3  # (L,) rows of each level
     index = (cell[:, 1] * sizes[level, 0] + cell[:, 0]) * 3 + anchor
     return Match(target, level, anchor, cell, index + (counts.cumsum(0) - counts)[level])
@@ -710,9 +709,9 @@ def average_precision(truth: list[np.ndarray], found: list[np.ndarray], num_clas
     objects = [{"image_id": i, "category_id": int(k), "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
                for i, rows in enumerate(truth) for k, x1, y1, x2, y2 in rows.tolist()]
-    rows = [np.column_stack([np.full(len(d), i), d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4:]])
-            for i, d in enumerate(found)]
-    rows = np.concatenate(rows)  # (n, 7): image, x, y, w, h px, score, class
+    rows = np.concatenate([  # (n, 7): image, x, y, w, h px, score, class
+        np.column_stack([np.full(len(d), i), d[:, :2], d[:, 2:4] - d[:, :2], d[:, 4:]])
+        for i, d in enumerate(found)])
     if not len(rows) or not objects:  # pycocotools takes no empty list
         have = np.isin(np.arange(num_classes), [o["category_id"] for o in objects])
         return np.where(have, 0.0, np.nan)[None].repeat(10, 0)
@@ -921,7 +920,7 @@ def speckle(rng: np.random.Generator, shape: tuple[int, int], s: float, a: float
 
 def place_jets(rng: np.random.Generator, apex: np.ndarray, radius: float,
                angle: float) -> np.ndarray:
-    """One to three boxes (n, 4), cx cy w h in fractions, apart, in a sector of that half-angle."""
+    """Up to three boxes (n, 4), cx cy w h in fractions, apart, in a sector of that half-angle."""
     size = rng.uniform((0.14, 0.18), (0.30, 0.38), (300, 2))
     centre = rng.uniform(0.1, 0.95, (300, 2))
     size[200:] = 0.14, 0.18  # so that the narrowest sector too has room for one
@@ -1171,10 +1170,10 @@ def load_checkpoint(path: Path, *keys: str) -> dict[str, Any]:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         return state | {key: state[key] for key in keys}
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
-        raise UserError(f"{path}: no run's best.pt or last.pt ({type(error).__name__})") from error
+        raise UserError(f"{path}: no run's .pt; init also takes tensors ({type(error).__name__})")
 
 def save_epoch(run: Run, train_set: JointSet, out: Path) -> None:
-    """Adds an epoch to the log, replaces last.pt, and best.pt if validation was never as good."""
+    """Adds an epoch to the log, replaces last.pt, and best.pt if validation was never better."""
     with (out / "metrics.jsonl").open("ab") as file:
         file.writelines(to_json(row) + b"\n" for row in run.rows if row["epoch"] == run.epoch - 1)
     scores = [sum(row["val"][key] or 0 for key in ("mAP50-95", "balanced_accuracy"))
@@ -1303,11 +1302,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on beside the code and the config: versions, device, threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": str(torch.__version__), "python": platform.python_version(), "device": name,
-            "os": platform.system(), "cpu": platform.machine(), "threads": torch.get_num_threads(),
-            "processes": int(os.environ.get("WORLD_SIZE", 1))}
+            "os": platform.system(), "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(), "processes": int(os.environ.get("WORLD_SIZE", 1))}
 
 def summarise(run: Run, dataset: dict[str, Any], start_s: float) -> dict[str, Any]:
-    """The flat contract of results.json, from a finished run."""
+    """The quantities of results.json, from a finished run."""
     config, rows, first, final = run.config, run.rows, list(run.config.weights), run.w.tolist()
     total = {key: sum(row.get("time", {}).get(key, 0) for row in rows)
              for key in ("train_s", "train_cpu_s", "eval_s")}
@@ -1449,9 +1448,9 @@ def print_header(run: Run, dataset: dict[str, Any], notes: list[str], told: str)
     print(f"canvas {dataset['canvas'][1]} x {dataset['canvas'][0]} px; anchors, px: "
           f"{dataset['anchors'] and np.round(dataset['anchors']).astype(int).tolist()}")
     if "det" in config.tasks:
-        loss, times = run.losses["det"], config.batch_size**config.det_loss_times_batch
-        print(f"detection loss: {times} x ({config.box_gain:.3g} box + {loss.obj_gain:.3g} "
-              f"objectness + {loss.cls_gain:.3g} class)")
+        loss, size = run.losses["det"], min(config.batch_size, images)
+        print(f"detection loss: {size**config.det_loss_times_batch} x ({config.box_gain:.3g} box + "
+              f"{loss.obj_gain:.3g} objectness + {loss.cls_gain:.3g} class)")
     print(told + "\n")
 
 def run_reproduce(out: Path) -> int:
@@ -1472,22 +1471,21 @@ def run_reproduce(out: Path) -> int:
     return int(any(check["ok"] is False for check in checks))
 
 def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Pictures and predictions.json, of an image, a folder, or a set's val split with metrics."""
+    """Pictures, predictions.json: each image padded alone; a val split's metrics on its canvas."""
     predictor, metrics, images = Predictor(args.checkpoint, **settings), None, []
     torch.set_num_threads(predictor.config.threads)
     predictor.network.to(pick_device(predictor.config.device))
+    data = None if args.source else load_data(predictor.config)[1]
+    learnt = predictor.names, predictor.classification_names
+    if data and (data.names, data.classification_names) != learnt:
+        raise UserError(f"--data {predictor.config.data}: other classes than the checkpoint's")
     out = new_folder(args.out, f"predict-{args.checkpoint.resolve().parent.name}")
-    if args.source:
-        items = sorted(p for p in args.source.rglob("*") if p.is_file()) or [args.source]
-    else:
-        _, data = load_data(predictor.config, out)
-        learnt = predictor.names, predictor.classification_names
-        if (data.names, data.classification_names) != learnt:
-            out.rmdir()
-            raise UserError(f"--data {predictor.config.data}: other classes than the checkpoint's")
+    if data:
         metrics = evaluate(predictor.network, data, predictor.config)
         items = data.paths or list(data.pixels)
         print(markdown(["metric", "value"], [[m, metrics[m]] for m in METRICS]))
+    else:
+        items = sorted(p for p in args.source.rglob("*") if p.is_file()) or [args.source]
     from data import figures, joint
     for k, item in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
         name = item if isinstance(item, Path) else Path(f"val-{k}")
@@ -1514,12 +1512,14 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     if (args.mode == "predict") != bool(args.checkpoint) or args.source and not args.checkpoint:
-        raise UserError("--mode predict: needs --checkpoint runs/<name>/best.pt; other modes take "
-                        "neither it nor --source")
-    if args.resume and (args.out or args.mode or settings.keys() - FREE
-                        or args.config != ROOT / "config.yaml"):
+        raise UserError("predict needs --checkpoint; other modes take neither it nor --source")
+    laid = args.config != ROOT / "config.yaml"
+    if args.mode == "reproduce" and (laid or settings) or args.mode == "predict" and (
+            laid or any(key.endswith("_multiple") for key in settings)):
+        raise UserError("--mode reproduce takes no setting; predict no --config, width or depth")
+    if args.resume and (laid or args.out or args.mode or settings.keys() - FREE):
         raise UserError(f"--resume: takes no option but {', '.join(FREE)}; the others stand in its "
-                        f"config.yaml. More epochs, another schedule: --init {args.resume}/last.pt")
+                        "config.yaml. More epochs, another schedule: --init its last.pt (detector)")
     torch.set_num_threads(1)
     if args.mode == "predict":
         return run_predict(args, settings)
@@ -1533,7 +1533,7 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out, kind = args.resume or Path("."), config.mode if config.epochs else "data"
     name = Path(config.data).parent.name or Path(config.data).stem
-    if not args.resume and int(os.environ.get("RANK", 0)) == 0:  # the others write nothing
+    if not args.resume and int(os.environ.get("RANK", 0)) == 0:  # the others leave nothing
         out = new_folder(args.out, f"{kind}-{name}-s{config.seed}")
     try:
         run_training(config, out, bool(args.resume))
