@@ -1394,7 +1394,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: this machine or torch has none; use --device cpu")
     return torch.device(kind, index if kind == "cuda" else None)
 
-def run_training(config: Config, out: Path, resume: bool) -> None:
+def run_training(config: Config, resume: bool, out: Path) -> None:
     """Trains, saving log and checkpoint each epoch; then results.json, figure and closing table."""
     from data import figures  # now: a missing module is told before the training
     device, started = pick_device(config.device), time.perf_counter()
@@ -1470,22 +1470,21 @@ def run_reproduce(out: Path) -> int:
     print(f"written to {out}/: {', '.join(sorted(os.listdir(out)))}")
     return int(any(check["ok"] is False for check in checks))
 
-def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+def run_predict(args: argparse.Namespace, settings: dict[str, Any], out: Path) -> None:
     """Pictures, predictions.json: each image padded alone; a val split's metrics on its canvas."""
     predictor, metrics, images = Predictor(args.checkpoint, **settings), None, []
     torch.set_num_threads(predictor.config.threads)
     predictor.network.to(pick_device(predictor.config.device))
-    data = None if args.source else load_data(predictor.config)[1]
-    learnt = predictor.names, predictor.classification_names
-    if data and (data.names, data.classification_names) != learnt:
-        raise UserError(f"--data {predictor.config.data}: other classes than the checkpoint's")
-    out = new_folder(args.out, f"predict-{args.checkpoint.resolve().parent.name}")
-    if data:
+    if args.source:
+        items = sorted(p for p in args.source.rglob("*") if p.is_file()) or [args.source]
+    else:
+        _, data = load_data(predictor.config, out)
+        learnt = predictor.names, predictor.classification_names
+        if (data.names, data.classification_names) != learnt:
+            raise UserError(f"--data {predictor.config.data}: other classes than the checkpoint's")
         metrics = evaluate(predictor.network, data, predictor.config)
         items = data.paths or list(data.pixels)
         print(markdown(["metric", "value"], [[m, metrics[m]] for m in METRICS]))
-    else:
-        items = sorted(p for p in args.source.rglob("*") if p.is_file()) or [args.source]
     from data import figures, joint
     for k, item in enumerate(tqdm(items, unit="image", disable=None, leave=False)):
         name = item if isinstance(item, Path) else Path(f"val-{k}")
@@ -1501,7 +1500,6 @@ def run_predict(args: argparse.Namespace, settings: dict[str, Any]) -> None:
                        "picture": picture} | predictor(item))
         figures.save(figures.draw_found(item, images[-1], predictor), out / picture)
     if not images:
-        out.rmdir()
         raise UserError(f"--source {args.source}: no readable image there")
     write_json(out / "predictions.json", {"schema": "jointgrad/2", "mode": "predict",
                                           "metrics": metrics, "images": images})
@@ -1513,30 +1511,32 @@ def job(args: argparse.Namespace, settings: dict[str, Any]) -> int | None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     if (args.mode == "predict") != bool(args.checkpoint) or args.source and not args.checkpoint:
         raise UserError("predict needs --checkpoint; other modes take neither it nor --source")
-    laid = args.config != ROOT / "config.yaml"
-    if args.mode == "reproduce" and (laid or settings) or args.mode == "predict" and (
-            laid or any(key.endswith("_multiple") for key in settings)):
+    laid, size = args.config != ROOT / "config.yaml", any("_multiple" in key for key in settings)
+    if args.mode == "reproduce" and (laid or settings) or args.mode == "predict" and (laid or size):
         raise UserError("--mode reproduce takes no setting; predict no --config, width or depth")
     if args.resume and (laid or args.out or args.mode or settings.keys() - FREE):
         raise UserError(f"--resume: takes no option but {', '.join(FREE)}; the others stand in its "
                         "config.yaml. More epochs, another schedule: --init its last.pt (detector)")
     torch.set_num_threads(1)
-    if args.mode == "predict":
-        return run_predict(args, settings)
     if args.mode == "reproduce":
         return run_reproduce(new_folder(args.out, "reproduce"))
-    config = load_config(args.resume / "config.yaml" if args.resume else args.config,
-                         settings | ({"mode": args.mode} if args.mode else {}))
-    torch.set_num_threads(config.threads)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        device = pick_device(config.device)  # not what is there: a GPU may stay unused
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    out, kind = args.resume or Path("."), config.mode if config.epochs else "data"
-    name = Path(config.data).parent.name or Path(config.data).stem
-    if not args.resume and int(os.environ.get("RANK", 0)) == 0:  # the others leave nothing
-        out = new_folder(args.out, f"{kind}-{name}-s{config.seed}")
+    if args.mode == "predict":
+        name = f"predict-{args.checkpoint.resolve().parent.name}"
+        work = partial(run_predict, args, settings)
+    else:
+        config = load_config(args.resume / "config.yaml" if args.resume else args.config,
+                             settings | ({"mode": args.mode} if args.mode else {}))
+        torch.set_num_threads(config.threads)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            device = pick_device(config.device)  # not what is there: a GPU may stay unused
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        data, kind = Path(config.data), config.mode if config.epochs else "data"
+        name = f"{kind}-{data.parent.name or data.stem}-s{config.seed}"
+        work = partial(run_training, config, bool(args.resume))
+    first = int(os.environ.get("RANK", 0)) == 0  # of several processes; the others leave nothing
+    out = args.resume or (new_folder(args.out, name) if first else Path("."))
     try:
-        run_training(config, out, bool(args.resume))
+        work(out)
     except Exception:
         if not any(out.iterdir()):
             out.rmdir()  # so that the corrected run is not the second

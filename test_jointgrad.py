@@ -643,8 +643,7 @@ def test_damaged_images_are_read_or_named_a_line_each(tmp_path, suffix):
     (picture(colour=(10, 20, 30, 255), mode="RGBA"), ".png", (10, 20, 30)),
     (picture(colour=(50, 255), mode="LA"), ".png", 50),
     (picture(colour=(10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE), ".gif",
-     (10, 20, 30)),
-    (picture(colour=(255, 0, 0, 0), mode="CMYK"), ".tif", (0, 255, 255)),
+     (10, 20, 30)), (picture(colour=(255, 0, 0, 0), mode="CMYK"), ".tif", (0, 255, 255)),
     *((Image.fromarray(np.full((9, 9), 257 * x, np.uint16)), ".png", x) for x in (0, 128, 255)),
     *((picture(size, (114, 114, 114)), ".png", 114) for size in ((1, 1), (2000, 2), (2, 2000)))])
 def test_every_kind_and_size_of_image_becomes_8_bit_rgb(tmp_path, image, suffix, wanted):
@@ -814,18 +813,19 @@ CONFIGS = [  # the file of --config, and what is said of it
         "lr: 1\n".encode("utf-16")))]
 PREDICT = "--mode predict --checkpoint run/last.pt"
 OPTIONS = [  # arguments, what is said of them, makers
-    ("--batch 4", "--batch: no such option; did you mean batch_size"), ("--img 1", "mean imgsz"),
-    ("--conf 0.4", "--conf: no such option"), ("--device gpu", "found 'gpu'"), ("--lr", "expected"),
-    ("--weights x.pt", "mean init"), ("--mode reproduce --seed 1", "reproduce takes no setting"),
-    ("--lr fast", "lr: found 'fast', expected 1e-8"), ("--epochs=", "epochs: found ''"),
-    ("--mode compare", "--mode: invalid choice"), ("--epochs 2.5", "epochs: found '2.5'"),
-    ("--data no/such.yaml", r"no/such\.yaml: cannot be read"), ("--config .", "directory"),
-    ("--config no.yaml", r"no\.yaml: .*No such"), ("--resume no", r"no/config\.yaml: .*No such"),
+    ("--batch 4", "--batch: no such option; did you mean batch_size"), ("--config .", "directory"),
+    ("--mode reproduce --seed 1", "reproduce takes no setting"), ("--epochs=", "epochs: found ''"),
+    (f"{PREDICT} --depth_multiple 1", "predict no .*depth", begun), ("--weights x.pt", "mean init"),
+    (f"{PREDICT} --data no", "no: cannot be read", begun), ("--device gpu", "device: found 'gpu'"),
+    ("--data no/such.yaml", r"no/such\.yaml: cannot be read"), ("--img 1", "mean imgsz"),
+    ("--config no.yaml", r"no\.yaml: .*No such"), ("--lr fast", "lr: found 'fast', expected 1e-8"),
+    ("--mode compare", "--mode: invalid choice"), ("--resume no", r"no/config\.yaml: .*No such"),
+    ("--conf 0.4", "--conf: no such option"), ("--lr", "--lr: expected one argument"),
+    ("--epochs 2.5", "epochs: found '2.5'"),
     *((given, "needs --checkpoint.*other modes take neither") for given in (
         "--source x", "--checkpoint x.pt", "--mode predict", "--mode predict --source x")),
-    (f"{PREDICT} --data no", "cannot", begun), (f"{PREDICT} --depth_multiple 1", "depth", begun),
     ("--out mine", "--out mine: not empty", put("mine", "a file")),
-    *((f"{more} --out .", "not empty", put("a.png", "mine")) for more in ("", "--mode reproduce")),
+    *((f"{x} --out .", "--out .*: not empty", put("a", "b")) for x in ("", "--mode reproduce")),
     *((f"{more} --out run", "run: not empty.*--resume run", begun) for more in ("", PREDICT)),
     (f"{PREDICT} --source none.png", "--source none.png: no readable image", begun),
     (f"{PREDICT} --source bad.png", "bad.png: no readable image", begun, put("bad.png", "x")),
@@ -833,8 +833,8 @@ OPTIONS = [  # arguments, what is said of them, makers
     *((f"--init run/last.pt --train_images 2 --val_images 2 --width_multiple {more}",
        "init run/last.pt: no detector of this width_multiple and depth_multiple", begun)
       for more in ("0.25", "0.03125 --depth_multiple 1")),
-    *((f"--resume run {more}", "takes no option but .*schedule: --init its last.pt", begun)
-      for more in ("--lr 0.001", "--mode equal", "--out x", "--epochs 99")),
+    *((f"--resume run {more}", "takes no option but .*More epochs, another schedule: --init its",
+       begun) for more in ("--lr 0.001", "--mode equal", "--out x", "--epochs 99")),
     ("--resume run --data set/data.yaml", "other images or labels than set/data", begun, joint()),
     *((f"--resume run # {change}", r"last\.pt: does not fit", begun, put(
         "run/config.yaml", yaml.safe_dump(TINY | {"mode": "fixed"} | change))) for change in (
