@@ -1,6 +1,6 @@
 """Draws what jointgrad.py and study.py leave: data and runs, comparisons, sweeps, step times.
 
-Each draw_… returns a figure of matplotlib's, which is loaded here alone; `save` writes it.
+Each draw_… but draw_boxes returns a figure of matplotlib's; `save` writes it.
 """
 from pathlib import Path
 from typing import Any

@@ -137,7 +137,7 @@ class JointFolder:
     """Reads the set of a data.yaml. `faults` end the run, ten at once; `notes` are warnings."""
 
     def __init__(self, path: Path):
-        self.path, self.faults, self.notes = path, [], []
+        self.path, self.faults, self.notes, self.owner = path, [], [], {}
         read_text(path, limit=1)  # it may be a stranger's: no endless file, no binary one
         self.spec = jg.read_yaml(path)
         root = self.spec.get("path", ".") if isinstance(self.spec, dict) else None
@@ -256,12 +256,13 @@ class JointFolder:
 
     def read_labels(self, files: list[Path], table: dict[Path, int]) -> jg.JointSet:
         """A split without its pixels: boxes and class of each image, and a fingerprint of all."""
-        boxes, labels, owner = [], [], {}
+        boxes, labels = [], []
         digest = hashlib.sha256(repr((self.names, self.labels)).encode())
         for file in files:
             path = label_path(file)
-            if owner.setdefault(path, file) != file:  # x.jpg and x.png both mean x.txt
-                self.faults.append(f"{file}: shares {path} with {owner[path].name}; rename one")
+            if self.owner.setdefault(path, file) != file:  # x.jpg and x.png both mean x.txt
+                self.faults.append(f"{file}: shares {path} with {self.owner[path].name}; "
+                                   "rename one")
             there = os.path.lexists(path)
             text = read_text(path) if there else ""
             if not there:
@@ -301,10 +302,10 @@ class JointFolder:
             data.pixels = np.empty(shape, np.uint8)
         else:  # a file, mapped
             data.pixels = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
-                with file.open("r+b") as handle:
-                    os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
-            file.unlink()  # open, it stays; whatever ends the process, it goes
+            with file.open("r+b") as handle:
+                file.unlink()  # open, it stays; whatever ends the process, it goes
+                if hasattr(os, "posix_fallocate"):  # a full disk: an error now, no crash later
+                    os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
 
         def read(i: int) -> tuple[int, int, int, int] | jg.UserError:
             try:
@@ -328,7 +329,7 @@ def read_joint(path: Path, config: jg.Config, folder: Path) -> list[jg.JointSet]
     """
     reader = JointFolder(path)
     files = {split: reader.find_images(split) for split in ("train", "val", "test")
-             if split in reader.spec or split != "test"}
+             if reader.spec.get(split) or split != "test"}
     reader.raise_faults()
     table = reader.read_table(sorted(set(sum(files.values(), []))))  # splits may share images
     splits = [reader.read_labels(files[split], table) for split in ("train", "val")]
