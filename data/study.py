@@ -317,7 +317,8 @@ def report_compare(results: dict[str, Any]) -> str:
     """Markdown tables: gaps, quantities by mode, contrasts, claims."""
     text = f"{len(results['seeds'])} seeds, {results['seeds']}; mean [95 % interval]\n"
     least = min(1.0, len(results["paired"]) * 2 / 2**len(results["seeds"]))  # where all agree
-    text += f"So few seeds decide level only: least p_holm possible {least:.3f}.\n" * (least >= 0.05)
+    few = f"So few seeds decide level only: least p_holm possible {least:.3f}.\n"
+    text += few if least >= 0.05 else ""
     text += f"\n{gaps(results)}" if results["sweep"] and results["paired"] else ""
     for columns in TABLES:
         text += "\n" + listed([{"mode": mode} | {key: q.get(key) for key in columns.split()}
