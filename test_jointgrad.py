@@ -23,8 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 from torch import nn
 
@@ -833,8 +832,8 @@ OPTIONS = [  # arguments, what is said of them, makers
     *((f"--init run/last.pt --train_images 2 --val_images 2 --width_multiple {more}",
        "init run/last.pt: no detector of this width_multiple and depth_multiple", begun)
       for more in ("0.25", "0.03125 --depth_multiple 1")),
-    *((f"--resume run {more}", "takes no option but .*More epochs, another schedule: --init its",
-       begun) for more in ("--lr 0.001", "--mode equal", "--out x", "--epochs 99")),
+    *((f"--resume run {more}", "takes no option but .*schedule: --init its last.pt", begun)
+      for more in ("--lr 0.001", "--mode equal", "--out x", "--epochs 99")),
     ("--resume run --data set/data.yaml", "other images or labels than set/data", begun, joint()),
     *((f"--resume run # {change}", r"last\.pt: does not fit", begun, put(
         "run/config.yaml", yaml.safe_dump(TINY | {"mode": "fixed"} | change))) for change in (
@@ -894,8 +893,7 @@ SETS = [  # what is said of a set, makers
     *(([rf"{name}: not a readable image"], joint(two(content, name=name)))
       for name, content in UNREADABLE),
     *(([said], joint(classes="classes.csv"), put("set/classes.csv", table))
-      for table, said in TABLES),
-    *((["expected path, train, val"], put("set/data.yaml", text))
+      for table, said in TABLES), *((["expected path, train, val"], put("set/data.yaml", text))
       for text in ("", "3", "- a", "words")),
     (["YAML"], put("set/data.yaml", "names: [1")), (["UTF-8"], put("set/data.yaml", b"\xff")),
     (["larger than 1 MB"], put("set/data.yaml", "#" * 2**20 + "#")),  # it may be a stranger's
@@ -906,9 +904,8 @@ SETS = [  # what is said of a set, makers
     ([r"[ls]\.png: .*no link out of it"] * 2, joint(),
      put("secret.png", b""), link("set/images/train/s.png", "../../../secret.png"),
      link("set/images/train/l.png", "l.png")),
-    ([r"a\.png: shares .*a\.txt with a\.jpg; rename"], joint({**two(), "a.jpg": (picture(), BOX)})),
-    ([r"a\.x: shares .*a\.txt with a\.png; rename"], joint(val="v.txt"),  # over two splits
-     put("set/v.txt", "images/train/a.x"), put("set/images/train/a.x", b"")),
+    ([rf"a\.{x}: shares .*a\.txt with a\.jpg; rename" for x in ("png", "x")], joint(val="v"),
+     *(put(f"set/images/train/a.{x}", "") for x in ("jpg", "x")), put("set/v", "images/train/a.x")),
     ([r"b\.txt:1: '0 9 9 9 9': ", r"b\.txt:2: 'x': "], joint(two(text="0 9 9 9 9\nx"))),
     ([rf"{k:02}\.txt:1: " for k in range(10)] + [r"… and \d more"],
      joint({f"{k:02}.png": (picture(), "0 9 9 9 9") for k in range(14)})),
@@ -1398,8 +1395,9 @@ def test_contrasts_have_holms_p_and_each_verdict():
     assert [(row["mode"], row["versus"], row["verdict"], row["p"], row["p_holm"]) for row in rows
             ] == [("equal", "detect", "lower", p, 4 * p), ("equal", "classify", "level", 1, 1),
             ("dual", "detect", "undecided", q, 2 * q), ("dual", "classify", "higher", p, 4 * p)]
+    assert rows[0]["delta"] == pytest.approx(-0.1)
     modes = {"detect": {}} | {mode: {"delta_m": {"mean": x, "ci95": None}}
-                              for mode, x in (("equal", None), ("dual", 2.0))}
+                              for mode, x in (("equal", -9.0), ("dual", 2.0), ("x", None))}
     report = study.report_compare({"seeds": [], "modes": modes, "paired": rows, "claims": [],
                                    "sweep": "alpha=0,1"})
     assert re.search(r"\| alpha \| equal +\| dual +\|\n.*\n\| - +\| -0.100 / 0.000 \| ", report)
@@ -1411,9 +1409,10 @@ def test_contrasts_have_holms_p_and_each_verdict():
         ("detect", "1", [9, 9, 9]), ("detect", "2", [1, 1, 1]), ("equal", "2", [2, 3, 4]))}
     assert [row["ci95"] for row in study.contrasts(swept)] == [
         pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])]  # at the same lr, 2 degrees
+    assert study.interval(np.array([5.0]))["ci95"] is None and study.listed([]) == ""
     rows = study.contrasts({("gradnorm", None, None): table["equal", None, None]} | table)
-    assert [x["versus"] for x in rows[:5]] == ["detect", "equal", "classify", "equal", "detect"]
-    assert study.gaps({"sweep": "alpha=1", "paired": rows[1:4:2]}) == ""  # no single task
+    assert [row["versus"] for row in rows if row["mode"] == "gradnorm"] == [
+        "detect", "equal", "classify", "equal"]
 
 @pytest.mark.parametrize("measure, limits, verdict, measured", [
     (["gain", "m", "a", "b"], {"at_least": "10"}, "holds", 20),
@@ -1422,6 +1421,7 @@ def test_contrasts_have_holms_p_and_each_verdict():
     (["value", "m", "a"], {"at_least": 1.1, "at_most": 1.3}, "holds", 1.2),
     (["gain", "m", "c", "b"], {"at_most": 0}, "refuted: level", 0),
     (["gain", "m", "c", "b"], {"at_least": -2}, "holds", 0),
+    (["difference", "m", "c", "b"], {"at_most": 0}, "not decided by these data", 0),
     (["difference", "m", "b", "b"], {"at_most": 0}, "not decided by these data", 0),
     (["value", "m", "once"], {"at_least": 0}, "not decided by these data", 5)])
 def test_judge_gives_each_verdict(measure, limits, verdict, measured):

@@ -298,8 +298,7 @@ TABLES = ("mAP50 mAP50-95 accuracy balanced_accuracy delta_m",
 
 def listed(rows: list[dict[str, Any]]) -> str:
     """A Markdown table with a column for each key that holds anything."""
-    columns = rows[0] if rows else ()
-    keys = [key for key in columns if any(row[key] is not None for row in rows)]
+    keys = [key for key in (rows or [{}])[0] if any(row[key] is not None for row in rows)]
     return jg.markdown(keys, [[row[key] for key in keys] for row in rows]) if keys else ""
 
 def gaps(results: dict[str, Any]) -> str:
@@ -376,7 +375,7 @@ def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
     data, _ = jg.load_data(most, out)  # faults are told here, of any task
     sys.stderr.writelines(f"warning: {note}\n" for note in data.notes[:10])
     commands = [unfinished(*cell, data.fingerprint) for cell in cells.values()]
-    del data, _  # the runs read it themselves
+    del data, _  # the runs read them themselves
     if args.print:
         return sys.stdout.writelines(f"{shlex.join(command)}\n" for command in commands if command)
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:  # one that fails cancels those not begun
@@ -399,7 +398,7 @@ def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
     return publish(out, results, report_compare, **draws)
 
 def check(args: Any, settings: dict[str, Any]) -> bool:
-    """Repeats a recorded comparison in a new folder; False if a mean left its interval."""
+    """Repeats a recorded comparison, or goes on with that; False if a mean left its interval."""
     asked = args.config, args.modes, args.seeds, args.sweep, args.tuned
     if settings or asked != (jg.ROOT / "config.yaml", MODES, [*range(6)], "", TUNED):
         raise jg.UserError("check: takes --out and --jobs alone; the rest is in the recorded file")
