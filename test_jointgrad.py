@@ -838,11 +838,11 @@ OPTIONS = [  # arguments, what is said of them, makers
     *((f"--resume run # {change}", r"last\.pt: does not fit", begun, put(
         "run/config.yaml", yaml.safe_dump(TINY | {"mode": "fixed"} | change))) for change in (
             {"width_multiple": 0.0625}, {"mode": "gradnorm"}, {"epochs": 9}))]
-OPTIONS += [(f"study {words}", said) for words, said in (
+OPTIONS += [(f"study {words}", said) for words, said in (("compare --peers", "no --peers"),
     ("compare --seeds 1 1", "--seeds: expected"), ("compare --seed 1", "--seeds: expected"),
     ("compare --sweep seed=0,1", "--sweep seed=0,1: expected"), ("bench --round 3", "mean rounds"),
     ("compare --sweep alpha=", "--sweep alpha=: expected"), ("check no.json", "no.json: expected"),
-    ("compare --modes dual --sweep alpha=0,1", "a key that --modes read"),
+    ("compare --modes dual --sweep alpha=0,1", "a key that --modes read"), ("bench x", "no file"),
     ("compare --sweep alpha=x,1", "alpha: found 'x'"), ("compare --modes no", "--modes: invalid"))]
 OPTIONS += [] if torch.cuda.is_available() else [
     (f"--device {name}", f"--device {name}: .*has none") for name in ("cuda", "0", "cuda:1")]

@@ -251,9 +251,8 @@ def time_interleaved(steps: list[Any], rounds: int, device: Any) -> np.ndarray:
                 spent[:] = time.perf_counter() - wall, time.process_time() - cpu
     return times[2:].T  # without two rounds of warm-up
 
-def time_variants(args: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def time_variants(args: Any, config: jg.Config) -> dict[str, Any]:
     """Times, throughput and ratios to a plain joint step; of installed peers too with --peers."""
-    config = jg.load_config(args.config, settings)
     torch.set_num_threads(config.threads)
     device, B, checks = jg.pick_device(config.device), config.batch_size, {}
     data, _ = jg.load_data(replace(config, train_images=B, val_images=2))
@@ -267,8 +266,6 @@ def time_variants(args: Any, settings: dict[str, Any]) -> dict[str, Any]:
             part.heads[task], run.losses[task] = copy.deepcopy(part.heads["cls"]), run.losses["cls"]
         run.optimizers[0] = jg.make_optimizer(part, config, config.lr)  # of the added heads, too
     steps = {a: partial(jg.train_step, run, batch, 0.5, WAYS[a][1]) for a, run in runs.items()}
-    if args.peers and args.tasks != 2:
-        raise jg.UserError("--peers: they are timed with two tasks; leave --tasks out")
     if args.peers:
         import peers  # beside this file; needs packages that nothing else needs
         for name, version, step, found in peers.peer_variants(config, device):
@@ -367,8 +364,8 @@ def compare(args: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
                           for x in (mode, key))  # a sweep is named after its modes and its key
     name = Path(config.data).parent.name or Path(config.data).stem
     out = args.out or Path("runs", "-".join([*(swept or ["compare"]), name]))
-    if (out / "metrics.jsonl").exists() or args.file or out.is_file():
-        raise jg.UserError(f"compare: takes no file, and an --out that is no run's; now {out}")
+    if args.peers or args.file or (out / "metrics.jsonl").exists() or out.is_file():
+        raise jg.UserError(f"compare: no --peers or file, and an --out that is no run's; now {out}")
     cells = make_cells(args, settings, out)
     out.mkdir(parents=True, exist_ok=True)
     most = max((jg.Config(**c) for c, *_ in cells.values()), key=lambda c: len(c.tasks))
@@ -422,11 +419,16 @@ def check(args: Any, settings: dict[str, Any]) -> bool:
     print(f"{listed(rows)}\nwritten to {args.out}/")
     return all(row["verdict"] == "ok" for row in rows)
 
+def bench(args: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Times the steps; a mistake is told before a folder is made."""
+    if args.file or args.sweep or args.print or args.peers and args.tasks != 2:
+        raise jg.UserError("bench: takes no file, --sweep or --print, and --peers of 2 --tasks")
+    config, out = jg.load_config(args.config, settings), jg.new_folder(args.out, "bench")
+    return publish(out, time_variants(args, config), report_bench, figure=figures.draw_bench)
+
 def main() -> int:
     """The job that the first argument names; the exit code."""
-    jobs = {"compare": compare, "check": check, "bench": lambda args, settings: publish(
-        jg.new_folder(args.out, "bench"), time_variants(args, settings), report_bench,
-        figure=figures.draw_bench)}
+    jobs = {"compare": compare, "check": check, "bench": bench}
     parser = jg.option_parser(__doc__.partition("\n")[0])
     add = parser.add_argument
     add("job", choices=jobs)
