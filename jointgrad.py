@@ -1343,9 +1343,9 @@ def option_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=ROOT / "config.yaml",
                         help="a YAML file of settings, laid over the shipped config.yaml")
     parser.add_argument("--out", type=Path, help="a new folder for the results; else below runs/")
-    shipped = read_yaml(ROOT / "config.yaml")
+    shipped = {k: re.sub("[][' ]", "", f"{x}") for k, x in read_yaml(ROOT / "config.yaml").items()}
     for key, comment in list(key_comments().items())[1:]:  # mode, the first, has more choices
-        parser.add_argument(f"--{key}", help=f"{comment} [{cell(shipped[key])}]".replace("%", "%%"))
+        parser.add_argument(f"--{key}", help=f"{comment} [{shipped[key]}]".replace("%", "%%"))
     return parser
 
 def run_program(parser: argparse.ArgumentParser, job: Callable,
