@@ -120,10 +120,12 @@ def draw_plane(results: dict[str, Any]) -> Any:
     ax.plot(0, 0, "*", color="gold", mec="black", ms=18)
     points = [(paired[mode, "detect"], paired[mode, "classify"]) for mode in COLOUR
               if {(mode, "detect"), (mode, "classify")} <= paired.keys()]
-    for k, (x, y) in enumerate(sorted(points, key=lambda point: point[0]["delta"])):
+    for x, y in points:
         half, colour = [np.ptp(q["ci95"] or [0]) / 2 for q in (y, x)], COLOUR[x["mode"]]
+        near = min(points, key=lambda p: (p[0] is x, abs(p[0]["delta"] - x["delta"])))
+        above = (y["delta"], x["delta"]) >= (near[1]["delta"], near[0]["delta"])
         ax.errorbar(x["delta"], y["delta"], *half, "o", c=colour, capsize=3)
-        up, va = ((1, "bottom"), (-1, "top"))[k % 2]  # apart from neighbours
+        up, va = (1, "bottom") if above else (-1, "top")
         ax.annotate(x["mode"], (x["delta"], y["delta"] + up * half[0]), (0, 4 * up),
                     textcoords="offset points", ha="center", va=va, c=colour)
     ax.set(xlabel="Detection: mAP50-95, less that of `detect`",
