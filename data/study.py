@@ -339,7 +339,7 @@ def report_bench(results: dict[str, Any]) -> str:
              "over fixed": list(results["ratios"][f"{a}/fixed"].values())}
             | {key: results[key].get(a) for key in keys} for a, x in results["step_ms"].items()]
     found = [{"peer; trunk / heads": name} | check for name, check in results["peers"].items()]
-    text = f"{results['rounds']} rounds: least / median / largest; over fixed: CPU (GPU: wall)"
+    text = f"{results['rounds']} rounds: least / median / largest; over fixed: CPU time (GPU: wall)"
     return f"{text}\n\n{listed(rows)}" + (
         f"\n{listed(found)}" if found else "")
 
