@@ -877,7 +877,7 @@ def backward(part: nn.Module, batch: Batch, losses: dict, w: Tensor,
     grad_W = mean_over_ranks(torch.stack(grad_W))  # before the norm: w is the same on all ranks
     # 3. One matrix holds their norms G_i and all their angles.
     gram = grad_W @ grad_W.T  # (T, T)
-    n = grad_W.norm(dim=1) / w  # (T,): g_i carries w_i, n does not
+    n = gram.diagonal().sqrt() / w  # (T,): g_i carries w_i, n does not
     # 4. A surgery reads it, and says how much of each the trunk follows.
     a = None
     if surgery:
@@ -1143,6 +1143,28 @@ def smaller(images: Tensor, scale: float) -> Tensor:
     size = [max(32, round(side * scale / 32) * 32) for side in images.shape[2:]]
     return F.interpolate(images, size, mode="bilinear", antialias=True)
 
+@torch.no_grad()
+def estimate_statistics(network: Network, train_set: JointSet, config: Config) -> None:
+    """Sets BatchNorm's running statistics to those of training images at the present weights.
+
+    As training leaves them they lag: at epoch 9 of 54 the detector scores 0.02 with them, 0.31
+    with these. No step of training reads them.
+    """
+    device = next(network.parameters()).device
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    network.eval()  # no dropout, which would draw from the training's random stream
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
+    steps = max(1, min(len(train_set), 512) // config.batch_size)  # more images move no score
+    for k in range(steps):  # every steps-th image, so that a batch mixes folders and classes
+        chosen = np.arange(k, len(train_set), steps)[:config.batch_size]
+        network(train_set.batch(chosen, device).images)
+    for norm in norms:
+        norm.momentum = 0.1  # torch's own: forgotten by the next estimate
+    network.train()
+
 def train_epoch(run: Run, train_set: JointSet, bar: tqdm) -> list[dict[str, Any]]:
     """One pass over the training split; one row a step, all finite or FloatingPointError."""
     config = run.config
@@ -1186,6 +1208,7 @@ def train(run: Run, train_set: JointSet, val_set: JointSet) -> Iterator[None]:
             due = run.epoch % config.eval_interval == 0 or run.epoch == config.epochs
             if due and run.rank == 0:
                 started = time.perf_counter()
+                estimate_statistics(run.network, train_set, config)
                 rows[-1]["val"] = evaluate(run.network, val_set, config)
                 rows[-1]["time"]["eval_s"] = time.perf_counter() - started
             yield
