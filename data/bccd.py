@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-BOXES, TYPES = ["RBC", "WBC", "Platelets"], ["EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL"]
+BOXES = ["RBC", "WBC", "Platelets"]
+TYPES = ["EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL"]
 SIZE = (320, 240)  # half of BCCD's 640 x 480
 DATA_YAML = f"""# Joint blood smear set: cell boxes, and one white cell type per image.
 path: .  # the folder of this file
@@ -28,7 +29,8 @@ def read_split(path: Path) -> list[tuple[str, str]]:
     """(split, stem) of every image that goes in, from lines such as `train BloodImage_00001`."""
     rows = [tuple(line.split()) for line in path.read_text(encoding="utf-8").splitlines()]
     for row in rows:
-        if len(row) != 2 or row[0] not in ("train", "val") or not row[1].split("_")[-1].isdigit():
+        known = len(row) == 2 and row[0] in ("train", "val")
+        if not known or not row[1].split("_")[-1].isdigit():
             raise ValueError(f"{path}: expected `train NAME_NUMBER` or `val …`, found {row}")
     return rows
 
@@ -47,9 +49,11 @@ def read_types(folder: Path) -> dict[int, set[str]]:
 def box_rows(path: Path, width: int, height: int) -> list[str]:
     """`class xc yc w h` as fractions of the image, in the file's order, empty boxes left out."""
     try:
-        objects = ET.parse(path).getroot().findall("object")
-        boxes = [(o.findtext("name"), *(float(o.find("bndbox").findtext(corner))
-                 for corner in ("xmin", "ymin", "xmax", "ymax"))) for o in objects]
+        boxes = []
+        for found in ET.parse(path).getroot().findall("object"):
+            box = found.find("bndbox")
+            corners = [float(box.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")]
+            boxes.append((found.findtext("name"), *corners))
     except (ET.ParseError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a Pascal VOC file ({error})") from None
     rows = []
@@ -72,7 +76,9 @@ def type_row(types: set[str], stem: str) -> str:
 def convert(bccd: Path, wbc: Path, out: Path, split_file: Path) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already; remove it or give another --out")
-    split, types, labels = read_split(split_file), read_types(wbc), {}
+    split = read_split(split_file)
+    types = read_types(wbc)
+    labels = {}
     for _, stem in split:  # every label first, so that a fault leaves nothing half written
         with Image.open(bccd / f"BCCD/JPEGImages/{stem}.jpg") as image:
             rows = box_rows(bccd / f"BCCD/Annotations/{stem}.xml", *image.size)
@@ -84,17 +90,19 @@ def convert(bccd: Path, wbc: Path, out: Path, split_file: Path) -> int:
         with Image.open(bccd / f"BCCD/JPEGImages/{stem}.jpg") as image:
             small = image.convert("RGB").resize(SIZE, Image.Resampling.LANCZOS)
         small.save(out / f"images/{part}/{stem}.jpg", quality=85)
-        (out / f"labels/{part}/{stem}.txt").write_text(labels[stem], encoding="utf-8", newline="\n")
+        label_file = out / f"labels/{part}/{stem}.txt"
+        label_file.write_text(labels[stem], encoding="utf-8", newline="\n")
     (out / "data.yaml").write_text(DATA_YAML, encoding="utf-8")
     return len(split)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bccd", type=Path, help="checkout of github.com/Shenggan/BCCD_Dataset")
-    parser.add_argument("wbc", type=Path, help="checkout of github.com/dhruvp/wbc-classification")
-    parser.add_argument("--out", type=Path, default=HERE / "bccd", help="folder to make")
-    parser.add_argument("--split", type=Path, default=HERE / "bccd_split.txt", help="images to use")
+    add = parser.add_argument
+    add("bccd", type=Path, help="checkout of github.com/Shenggan/BCCD_Dataset")
+    add("wbc", type=Path, help="checkout of github.com/dhruvp/wbc-classification")
+    add("--out", type=Path, default=HERE / "bccd", help="folder to make")
+    add("--split", type=Path, default=HERE / "bccd_split.txt", help="images to use")
     args = parser.parse_args(argv)
     try:
         print(f"{convert(args.bccd, args.wbc, args.out, args.split)} images in {args.out}")

@@ -18,26 +18,33 @@ import jointgrad as jg  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
+def write_split(folder: Path, split: str, data: jg.JointSet) -> list[str]:
+    """Writes the images and label files of a split; the rows of its images for classes.csv."""
+    for kind in ("images", "labels"):
+        (folder / kind / split).mkdir(parents=True)
+    rows = []
+    for i, (pixels, boxes) in enumerate(zip(data.pixels, data.boxes)):
+        name = f"{split}/{i:05d}"
+        Image.fromarray(pixels).save(folder / f"images/{name}.png")
+        lines = ["%d %.6f %.6f %.6f %.6f\n" % tuple(row) for row in boxes.tolist()]
+        (folder / f"labels/{name}.txt").write_text("".join(lines))
+        rows.append(f"{name}.png,{data.classification_names[data.labels[i]]}\n")
+    return rows
+
 def export(args: Any, settings: dict[str, Any]) -> None:
     """The train and val splits below `args.folder`, which must be new or empty."""
-    folder = jg.new_folder(args.folder, "")
     config = jg.load_config(args.config, settings | {"data": "synthetic"})
-    rows = ["image,class"]
-    for split, data in zip(("train", "val"), jg.load_data(config)):
-        for kind in ("images", "labels"):
-            (folder / kind / split).mkdir(parents=True)
-        for i, (pixels, boxes, label) in enumerate(zip(data.pixels, data.boxes, data.labels)):
-            Image.fromarray(pixels).save(folder / f"images/{split}/{i:05d}.png")
-            lines = ["%d %.6f %.6f %.6f %.6f\n" % tuple(row) for row in boxes.tolist()]
-            (folder / f"labels/{split}/{i:05d}.txt").write_text("".join(lines))
-            rows.append(f"{split}/{i:05d}.png,{data.classification_names[label]}")
-    # Absolute: YOLOv5 takes a relative path from its own folder, ultralytics from where one stands.
-    spec = {"path": str(folder.resolve()), "train": "images/train", "val": "images/val",
-            "nc": len(data.names), "names": data.names,
-            "classification_names": data.classification_names, "classes": "classes.csv"}
-    (folder / "classes.csv").write_text("\n".join(rows) + "\n")
-    (folder / "data.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    print(f"{len(rows) - 1} images, labels, classes.csv and data.yaml written to {folder}/")
+    with jg.new_folder(args.folder, "") as folder:
+        train_set, val_set = jg.load_data(config)
+        rows = write_split(folder, "train", train_set) + write_split(folder, "val", val_set)
+        (folder / "classes.csv").write_text("image,class\n" + "".join(rows))
+        # Absolute: a relative one YOLOv5 takes from its folder, ultralytics from the caller's.
+        spec = {"path": str(folder.resolve()), "train": "images/train", "val": "images/val",
+                "nc": len(train_set.names), "names": train_set.names,
+                "classification_names": train_set.classification_names,
+                "classes": "classes.csv"}
+        (folder / "data.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    print(f"{len(rows)} images, labels, classes.csv and data.yaml written to {folder}/")
 
 if __name__ == "__main__":
     parser = jg.option_parser(__doc__.partition("\n")[0])
