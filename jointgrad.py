@@ -1,6 +1,6 @@
 """jointgrad: does a classifier's gradient hurt the detector that shares its trunk?
 
-And which remedy works at what cost: GradNorm, two networks, or one of the other `MODES`?
+And which remedy works, at what cost: GradNorm, two networks, or another of the `MODES`?
 
     python jointgrad.py --mode gradnorm    # one run on built-in data, a minute on one CPU core
     python data/study.py compare           # many runs: every mode over seeds, a verdict each
@@ -14,8 +14,8 @@ GradNorm (Chen et al., ICML 2018) as `GradNorm.update` computes it, in the paper
     w <- w T / sum(w), floored: w <- w_min + v (T - T w_min) / sum(v), v = max(w - w_min, 0)
 
 A balancer (GradNorm, Uncertainty) sets the weights w of the losses. A surgery (PCGrad, IMTL,
-MGDA, cap) sets how much of each task's gradient g_i the trunk follows, sum a_i g_i; it reads one
-matrix, gram = grad_W grad_W^T, the inner products of the tasks' weighted gradients at W.
+MGDA, cap) sets how much of each task's gradient g_i the trunk follows, sum a_i g_i. It reads
+one matrix, gram = grad_W grad_W^T, the inner products of the tasks' weighted gradients at W.
 
     code       paper    meaning
     T          T        number of tasks
@@ -45,8 +45,6 @@ Sources: arXiv 1711.02257 (GradNorm), 1705.07115 (uncertainty: Kendall et al.), 
 (MetaBalance: He et al.), 1911.08287 (CIoU: Zheng et al.), 1709.01507 (SE: Hu et al.), 1807.06521
 (CBAM: Woo et al.); Jocher et al., YOLOv5 v6 (design only).
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
@@ -62,13 +60,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterator, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
@@ -92,6 +89,7 @@ from tqdm import tqdm  # noqa: E402
 # ----------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
+SHIPPED = ROOT / "config.yaml"
 SCHEMA = "jointgrad/3"
 MODES = ("detect", "classify",  # one task alone
          "fixed", "equal", "gradnorm", "dual",  # the report's weights, (1, 1), its two remedies
@@ -180,13 +178,11 @@ class GradNorm:
     measured against, by default the first that are finite and positive.
     """
     def __init__(self, initial_weights, alpha=1.5, lr=0.025,
-                 w_min=0.001, L0=None, device="cpu",
+                 w_min=0.001, L0=0.0, device="cpu",
                  dtype=torch.float32):
         self.w = torch.tensor(initial_weights, dtype=dtype, device=device)
         self.r = torch.ones_like(self.w)
-        self.L0 = torch.zeros_like(self.w)  # 0: not seen yet
-        if L0 is not None:
-            self.L0 = torch.as_tensor(L0).to(self.w)
+        self.L0 = torch.zeros_like(self.w).copy_(torch.as_tensor(L0))  # (T,), 0: not seen yet
         self.alpha = alpha
         self.w_min = w_min
         self.adam = torch.optim.Adam([self.w], lr=lr, fused=True)
@@ -240,23 +236,23 @@ class Uncertainty(nn.Module):
     def __init__(self, initial_weights, device="cpu"):
         super().__init__()
         self.s = nn.Parameter(-torch.tensor(initial_weights, device=device).log())
-        self.s.grad = torch.zeros_like(self.s)
 
     @property
     def w(self):
         return torch.exp(-self.s.detach())
 
     def update(self, L, n):
-        self.s.grad.copy_(1 - self.w * L)  # of exp(-s_i) L_i + s_i; n: not read
+        self.s.grad = 1 - self.w * L  # of exp(-s_i) L_i + s_i; n: not read
 
 # The surgeries: gram (T, T) -> a (T,). The trunk follows sum a_i g_i; a head keeps its own g_i.
+# gram[i, j] is the inner product of g_i and g_j, so its diagonal holds the squared norms.
 
 def pcgrad(gram):
     """Each g_i less its projection on every g_j that it conflicts with, summed (2001.06782).
 
     Of two tasks a_j = 1 - min(g_1 g_2, 0) / |g_j|^2: without a conflict the plain sum.
     """
-    mix = torch.eye(len(gram)).to(gram)  # row i: what is left of g_i, as a combination of all g
+    mix = torch.eye(len(gram)).to(gram)  # row i: what is left of g_i, as shares of every g
     # Departs from the paper (an order drawn at random): so that two runs agree.
     for i, j in itertools.permutations(range(len(gram)), 2):
         conflict = (mix[i] @ gram[j]).clamp(max=0)
@@ -352,15 +348,16 @@ class JointSet:
         return np.column_stack([centre - half, centre + half]) * (self.canvas[::-1] * 2)
 
 def stream(purpose, *where):
-    """A random stream a purpose and (seed, epoch, rank): a resumed run needs no state."""
-    key = ("order", "augment", "dropout").index(purpose), *where
+    """A random stream for each purpose, seed, epoch, rank: resuming needs no state of it."""
+    key = [("order", "augment", "dropout").index(purpose), *where]
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64).tolist()
     return torch.Generator().manual_seed(seed)
 
 def epoch_order(count, config, epoch, world=1, rank=0):
     """The batches of an epoch as image indices, shuffled, one rank's share."""
-    order = torch.randperm(count, generator=stream("order", config.seed, epoch, 0))  # all ranks'
-    order = order.repeat(world)[rank::world][:math.ceil(count / world)]  # equal shares
+    order = torch.randperm(count, generator=stream("order", config.seed, epoch, 0))
+    # All ranks shuffle alike and take turns, round and round, so that their shares are equal.
+    order = order.repeat(world)[rank::world][:math.ceil(count / world)]
     # One image is poor for BatchNorm and, where P5 is one cell, an error: a last one goes.
     return [indices for indices in order.split(config.batch_size) if len(indices) > 1]
 
@@ -389,7 +386,7 @@ def move(batch, u, config):
     theta[:, :, 2] = -2 * shift / zoom  # 2: affine_grid counts from -1 to 1
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images - GREY, grid, align_corners=False) + GREY  # beyond it: grey
-    centre = (targets[:, 2:4] - 0.5) * zoom[owner] + 0.5 + shift[owner]  # (N, 2), theta inverted
+    centre = (targets[:, 2:4] - 0.5) * zoom[owner] + 0.5 + shift[owner]  # theta, inverted
     size = targets[:, 4:] * zoom[owner]
     low = (centre - size / 2).clamp(0, 1)
     high = (centre + size / 2).clamp(0, 1)
@@ -437,7 +434,7 @@ def ciou(a_cxcywh, b_cxcywh):
     angle_a = torch.atan(a_cxcywh[:, 2] / a_cxcywh[:, 3])
     angle_b = torch.atan(b_cxcywh[:, 2] / b_cxcywh[:, 3])
     v = 4 / math.pi**2 * (angle_a - angle_b).square()
-    trade_off = (v / (1 - iou + v + 1e-7)).detach()  # the paper's alpha, to the gradient constant
+    trade_off = (v / (1 - iou + v + 1e-7)).detach()  # the paper's alpha: has no gradient
     return iou - distance / (hull.square().sum(1) + 1e-7) - trade_off * v
 
 def fit_anchors(sizes):
@@ -463,16 +460,13 @@ def flatten_levels(raw):
 
 def prediction_grid(raw, anchors):
     """Cell (A, 2) as x, y, anchor (A, 2) px, stride (A, 1) px of each prediction."""
-    cells = []
-    sizes = []
-    strides = []
+    of_level = []
     for level, level_anchors, stride in zip(raw, anchors, STRIDES):
         places = torch.ones(*level.shape[2:], 3, device=level.device)  # (h, w, 3)
-        y, x, anchor = places.nonzero(as_tuple=True)
-        cells.append(torch.stack([x, y], 1))  # (3 h w, 2)
-        sizes.append(level_anchors[anchor])  # (3 h w, 2) px
-        strides.append(torch.full_like(x, stride)[:, None])  # (3 h w, 1) px
-    return torch.cat(cells), torch.cat(sizes), torch.cat(strides)
+        y, x, anchor = places.nonzero(as_tuple=True)  # (3 h w,) each
+        cell = torch.stack([x, y], 1)
+        of_level.append((cell, level_anchors[anchor], torch.full_like(x, stride)[:, None]))
+    return [torch.cat(levels) for levels in zip(*of_level)]
 
 def decode(logits, cell, anchor, stride):
     """cx cy w h (..., 4) px: xy = (2 sigmoid - .5 + cell) stride, wh = (2 sigmoid)^2 anchor."""
@@ -481,7 +475,7 @@ def decode(logits, cell, anchor, stride):
 
 def suppress(boxes_xyxy, iou_thres, max_det):
     """Indices (<= max_det) of boxes (n, 4), best first, that no kept one overlaps more."""
-    kept: list[int] = []
+    kept = []
     for start in range(0, len(boxes_xyxy), 256):  # in blocks: thousands make no n x n matrix
         block = boxes_xyxy[start:start + 256]  # (m, 4)
         free = (box_iou(block, boxes_xyxy[kept]) <= iou_thres).all(1)  # (m,)
@@ -624,17 +618,17 @@ class DetectionHead(nn.Module):
     def __init__(self, num_classes, anchors, width_multiple, depth_multiple):
         super().__init__()
         c3, c4, c5 = (channels(c, width_multiple) for c in (256, 512, 1024))
-        n = partial(repeats, depth_multiple=depth_multiple)
-        self.p4 = nn.Sequential(Conv(c3, c4, 3, 2), C3(c4, c4, n(9)))
-        self.p5 = nn.Sequential(Conv(c4, c5, 3, 2), C3(c5, c5, n(3)), SPPF(c5))
+        n = repeats(3, depth_multiple)
+        self.p4 = nn.Sequential(Conv(c3, c4, 3, 2), C3(c4, c4, repeats(9, depth_multiple)))
+        self.p5 = nn.Sequential(Conv(c4, c5, 3, 2), C3(c5, c5, n), SPPF(c5))
         self.lateral5 = Conv(c5, c4)
-        self.up4 = C3(2 * c4, c4, n(3), shortcut=False)
+        self.up4 = C3(2 * c4, c4, n, shortcut=False)
         self.lateral4 = Conv(c4, c3)
-        self.up3 = C3(2 * c3, c3, n(3), shortcut=False)
+        self.up3 = C3(2 * c3, c3, n, shortcut=False)
         self.down3 = Conv(c3, c3, 3, 2)
-        self.out4 = C3(2 * c3, c4, n(3), shortcut=False)
+        self.out4 = C3(2 * c3, c4, n, shortcut=False)
         self.down4 = Conv(c4, c4, 3, 2)
-        self.out5 = C3(2 * c4, c5, n(3), shortcut=False)
+        self.out5 = C3(2 * c4, c5, n, shortcut=False)
         c_out = 3 * (5 + num_classes)
         self.detect = nn.ModuleList(nn.Conv2d(c, c_out, 1) for c in (c3, c4, c5))
         self.register_buffer("anchors", torch.as_tensor(anchors, dtype=torch.float32))  # px
@@ -701,6 +695,11 @@ class Network(nn.Module):
             parts = [JointNet(trunk, heads, config.mode == "detach")]
         self.parts = nn.ModuleList(parts)
 
+    @property
+    def anchors(self):
+        """(3 levels, 3, 2) px, of a network that detects."""
+        return self.parts[0].heads["det"].anchors
+
     @torch.no_grad()  # `backward` trains the parts: here gradients would end at the cut
     def forward(self, images):
         """Raw output of each task for images (B, 3, H, W), to evaluate: without a graph."""
@@ -732,11 +731,10 @@ def match_targets(targets, shapes, anchors, anchor_thres):
     wh = targets[:, 4:6] * sizes[0] * STRIDES[0]  # (N, 2) px
     ratio = wh / anchors[:, :, None]  # (levels, 3, N, 2)
     alike = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_thres  # (levels, 3, N)
-    from_far = sizes[:, None] - centre  # (levels, N, 2), counted from the far side
-    near_low = ((centre % 1 < 0.5) & (centre > 1)).permute(2, 0, 1)  # (2, levels, N) left, upper
-    near_high = ((from_far % 1 < 0.5) & (from_far > 1)).permute(2, 0, 1)  # right, lower
-    own = torch.ones_like(near_low[:1])
-    near = torch.cat([own, near_low, near_high])  # (5, levels, N)
+    # A neighbour counts where its side is less than half a cell away, and not the map's border.
+    to_side = torch.cat([centre, sizes[:, None] - centre], 2)  # (levels, N, 4) from x1 y1 x2 y2
+    near = ((to_side % 1 < 0.5) & (to_side > 1)).permute(2, 0, 1)  # (4, levels, N)
+    near = torch.cat([torch.ones_like(near[:1]), near])  # (5, levels, N), the own cell first
     offsets = torch.tensor([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]], device=device)
     pairs = near[:, :, None] & alike  # (5 offsets, levels, 3 anchors, N)
     offset, level, anchor, target = pairs.nonzero(as_tuple=True)  # (K,) each
@@ -769,8 +767,8 @@ class DetectionLoss:
                            8 * 2**match.level[:, None])  # (K, 4) px; stride (K, 1)
         size = targets.new_tensor([shapes[0][1], shapes[0][0]] * 2) * STRIDES[0]  # W H W H px
         iou = ciou(predicted, targets[match.target, 2:] * size)
-        counts = iou.new_zeros(3).index_add(0, match.level, torch.ones_like(iou))
-        share = 1 / counts[match.level]  # 1 / matches of its level: a mean a level, summed
+        # 1 / matches of its level: a sum of shares is the sum of the three levels' means.
+        share = 1 / match.level.bincount(minlength=3)[match.level]  # (K,)
         box = ((1 - iou) * share).sum()
         obj = self.objectness(predictions[..., 4], image, match.index, iou, shapes)
         loss = self.config.box_gain * box + self.obj_gain * obj
@@ -799,23 +797,19 @@ def classification_loss(logits, batch, class_weights):
     known = batch.labels != NO_LABEL  # -100 is no index: hence the clamp, then the mask
     return total / (class_weights[batch.labels.clamp(min=0)] * known).sum().clamp(min=1e-9)
 
-def class_weights(train_set, config):
-    """Ones (C,); with class_balance N / (C n_k), a mean of 1 over the images."""
-    labels = [k for k in train_set.labels if k != NO_LABEL]
-    counts = np.bincount(labels, minlength=len(train_set.classification_names)).clip(1)
-    if config.class_balance:
-        return len(labels) / (len(counts) * counts)
-    return np.ones(len(counts))
-
 def make_losses(network, train_set, config):
     """The loss of each task: raw output, batch -> scalar."""
     losses = {}
     if "det" in config.tasks:
-        anchors = network.parts[0].heads["det"].anchors
-        losses["det"] = DetectionLoss(anchors, len(train_set.names), config)
+        losses["det"] = DetectionLoss(network.anchors, len(train_set.names), config)
     if "cls" in config.tasks:
-        weights = torch.tensor(class_weights(train_set, config), dtype=torch.float32)
-        weights = weights.to(next(network.parameters()).device)
+        C = len(train_set.classification_names)
+        weights = np.ones(C)
+        if config.class_balance:  # N / (C n_k): a mean of 1 over the images
+            labels = [k for k in train_set.labels if k != NO_LABEL]
+            weights = len(labels) / (C * np.bincount(labels, minlength=C).clip(1))
+        device = next(network.parameters()).device
+        weights = torch.tensor(weights, dtype=torch.float32, device=device)  # (C,)
         losses["cls"] = partial(classification_loss, class_weights=weights)
     return losses
 
@@ -831,19 +825,20 @@ class Signals(NamedTuple):
     a: Tensor | None = None  # share (T,) of each that the trunk follows; None without a surgery
 
 def mean_over_ranks(x):
-    """x, averaged over the processes of a distributed run; as it is in a run of one process."""
+    """Averages x, in place, over the processes of a distributed run; one process: as it is."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
         x /= torch.distributed.get_world_size()
     return x
 
 def similarities(gram):
-    """Cosine, magnitude similarity 2ab / (a^2 + b^2): means (...,) over the pairs (..., T, T)."""
+    """Cosine and magnitude similarity 2ab / (a^2 + b^2) of gram (..., T, T): pairs' means."""
     T = gram.shape[-1]
-    squares = gram.diagonal(dim1=-2, dim2=-1)  # (..., T)
-    ab = (squares[..., None] * squares[..., None, :]).sqrt()  # (..., T, T)
+    aa = gram.diagonal(dim1=-2, dim2=-1)[..., None]  # (..., T, 1), squared norms
+    bb = aa.mT  # (..., 1, T)
+    ab = (aa * bb).sqrt()  # (..., T, T)
     cosine = gram / ab.clamp(min=1e-30)
-    similarity = 2 * ab / (squares[..., None] + squares[..., None, :]).clamp(min=1e-30)
+    similarity = 2 * ab / (aa + bb).clamp(min=1e-30)
     above = torch.stack([cosine, similarity]).triu(1)  # each pair once
     return (above.sum((-2, -1)) / (T * (T - 1) / 2)).unbind()
 
@@ -866,7 +861,6 @@ def backward(part, batch, losses, w,
     (w * L).sum().backward()  # heads and w: in the order of the tasks
     L = mean_over_ranks(L.detach())
     g = [cut.grad for cut in cuts]
-    part = getattr(part, "module", part)  # .module: inside DistributedDataParallel
     if len(g) == 1 or part.detach:
         P3.backward(g[0])  # of one task, or of detection alone: the first head
         return Signals(L)
@@ -897,11 +891,9 @@ def coco_rows(boxes):
 
     Each box: x1 y1 x2 y2 px, score, class.
     """
-    rows = []
-    for i, d in enumerate(boxes):
-        size = d[:, 2:4] - d[:, :2]
-        rows.append(np.column_stack([np.full(len(d), i), d[:, :2], size, d[:, 4:]]))
-    return np.concatenate(rows)
+    rows = np.concatenate([np.insert(found, 0, i, axis=1) for i, found in enumerate(boxes)])
+    rows[:, 3:5] -= rows[:, 1:3]  # x2, y2 -> w, h
+    return rows
 
 def average_precision(truth, found, num_classes, max_det):
     """COCO average precision (10, classes) at IoU 0.5, 0.55, … 0.95; NaN: no box of a class.
@@ -920,29 +912,31 @@ def average_precision(truth, found, num_classes, max_det):
                     "categories": [{"id": k} for k in range(num_classes)], "annotations": []}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         coco.createIndex()
-        run = COCOeval(coco.loadRes(true_rows), coco.loadRes(found_rows), "bbox")
-        run.params.areaRng = [[0, 1e10]]  # px^2: any size
-        run.params.areaRngLbl = ["all"]
-        run.params.maxDets = [max_det]  # Departs from COCO (100): because YOLOv5 counts 300.
-        run.evaluate()
-        run.accumulate()
-    precision = run.eval["precision"][:, :, :, 0, 0]  # (10, recalls, classes), -1: no box
+        scorer = COCOeval(coco.loadRes(true_rows), coco.loadRes(found_rows), "bbox")
+        scorer.params.areaRng = [[0, 1e10]]  # px^2: any size
+        scorer.params.maxDets = [max_det]  # Departs from COCO (100): because YOLOv5 counts 300.
+        scorer.evaluate()
+        scorer.accumulate()
+    precision = scorer.eval["precision"][:, :, :, 0, 0]  # (10, recalls, classes), -1: no box
     return np.where(precision[:, 0] < 0, np.nan, precision.mean(1))  # (10, C)
 
 def detection_scores(found, data, max_det):
-    """mAP50 and mAP50-95 of a split, where it has a box, and `AP50` of each class."""
+    """mAP50 and mAP50-95 of a split, where it has a box; AP50 of each class."""
     truth = [np.column_stack([data.boxes_xyxy(i), boxes[:, [0, 0]]])
              for i, boxes in enumerate(data.boxes)]
     ap = average_precision(truth, found, len(data.names), max_det)
-    scores = {"AP50": dict(zip(data.names, ap[0].tolist()))}
+    scores = {}
     have = ~np.isnan(ap[0])
     if have.any():
         scores["mAP50"] = float(ap[0, have].mean())
         scores["mAP50-95"] = float(ap[:, have].mean())
-    return scores
+    return scores, dict(zip(data.names, ap[0].tolist()))
 
 def classification_scores(guess, data):
-    """Both accuracies of a split, where it has a class; confusion (C, C), a row a class; recall."""
+    """Both accuracies of a split, where it has a class, and confusion (C, C); recall of each.
+
+    guess: a class an image. The confusion has a row a class, a column a guess.
+    """
     C = len(data.classification_names)
     labels = np.array(data.labels)
     places = (labels * C + guess)[labels != NO_LABEL]  # row * C + column of each image
@@ -950,12 +944,11 @@ def classification_scores(guess, data):
     count = confusion.sum(1)  # (C,)
     right = confusion.diagonal()
     recall = np.where(count > 0, right / count.clip(1), np.nan)
-    scores = {"confusion": confusion.tolist(),
-              "recall": dict(zip(data.classification_names, recall.tolist()))}
+    scores = {"confusion": confusion.tolist()}
     if count.any():
         scores["accuracy"] = float(right.sum() / count.sum())
         scores["balanced_accuracy"] = float(np.nanmean(recall))
-    return scores
+    return scores, dict(zip(data.classification_names, recall.tolist()))
 
 @torch.no_grad()
 def evaluate(network, data, config):
@@ -963,26 +956,25 @@ def evaluate(network, data, config):
     device = next(network.parameters()).device
     was_training = network.training
     network.eval()
-    H, W = data.canvas
-    numbers = H * W // 16 * (5 + len(data.names))  # about what the raw maps of an image hold
+    numbers = math.prod(data.canvas) // 16 * (5 + len(data.names))  # about an image's raw maps
     at_once = min(4 * config.batch_size, max(1, 2**26 // numbers))  # bounds the memory
     found = []
     guess = []
     for indices in torch.arange(len(data)).split(at_once):  # in order
         outputs = network(data.batch(indices, device).images)
         if "det" in outputs:
-            found += find_boxes(outputs["det"], network.parts[0].heads["det"].anchors, config)
+            found += find_boxes(outputs["det"], network.anchors, config)
         if "cls" in outputs:
             guess += outputs["cls"].argmax(1).tolist()
     network.train(was_training)
     metrics = dict.fromkeys(METRICS)
     per_class = {}
     if found:
-        metrics |= detection_scores(found, data, config.max_det)
-        per_class["AP50"] = metrics.pop("AP50")
+        scores, per_class["AP50"] = detection_scores(found, data, config.max_det)
+        metrics |= scores
     if guess:
-        metrics |= classification_scores(guess, data)
-        per_class["accuracy"] = metrics.pop("recall")
+        scores, per_class["accuracy"] = classification_scores(guess, data)
+        metrics |= scores
     return metrics | {"per_class": per_class}
 
 # ----------------------------------------------------------------------------------------------
@@ -1007,22 +999,22 @@ def make_optimizer(parameters, config, lr):
     """AdamW or SGD at the peak rate lr, weight decay on kernels alone, as in YOLOv5."""
     kernels = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
-    decay = config.weight_decay
-    groups = [{"params": [long_vector(kernels)], "weight_decay": decay, "peak": lr},
-              {"params": [long_vector(others)], "weight_decay": 0.0, "peak": lr}]
+    groups = [{"params": [long_vector(kernels)], "weight_decay": config.weight_decay},
+              {"params": [long_vector(others)], "weight_decay": 0.0}]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=True, fused=True)
-    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+        return torch.optim.SGD(groups, lr, config.momentum, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr, config.betas, fused=True)
 
 def make_optimizers(network, config):
     """One a network; a detached head has its own, so that it does not clip the detector."""
+    owners = network.parts
+    rates = config.lr, config.dual_lr
     if config.mode == "detach":
         (part,) = network.parts
-        detector = [*part.trunk.parameters(), *part.heads["det"].parameters()]
-        of_optimizer = [detector, [*part.heads["cls"].parameters()]]
-        return [make_optimizer(parameters, config, config.lr) for parameters in of_optimizer]
-    return [make_optimizer([*part.parameters()], config, lr)
-            for part, lr in zip(network.parts, (config.lr, config.dual_lr))]
+        owners = nn.ModuleList([part.trunk, part.heads["det"]]), part.heads["cls"]
+        rates = config.lr, config.lr
+    return [make_optimizer([*owner.parameters()], config, lr)
+            for owner, lr in zip(owners, rates)]
 
 def choose_anchors(train_set, config):
     """Anchors (3 levels, 3, 2) px: the config's, or fitted to the training boxes."""
@@ -1054,13 +1046,11 @@ class Run:
         self.network.to(device, memory_format=torch.channels_last)
         self.losses = make_losses(self.network, train_set, config)  # after .to(): the anchors
         self.optimizers = make_optimizers(self.network, config)
-        self.modules = list(self.network.parts)
         self.world = 1
         self.rank = 0
         if torch.distributed.is_initialized():
             self.world = torch.distributed.get_world_size()
             self.rank = torch.distributed.get_rank()
-            self.modules = [nn.parallel.DistributedDataParallel(part) for part in self.modules]
         bf16 = config.amp == "bf16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.w = torch.tensor(config.weights, device=device)
@@ -1070,7 +1060,7 @@ class Run:
                                      config.w_min, device=device)
         if config.mode == "uncertainty":
             self.balancer = Uncertainty(config.weights, device)
-            s = {"params": [self.balancer.s], "weight_decay": 0.0, "peak": config.lr}
+            s = {"params": [self.balancer.s], "weight_decay": 0.0}
             self.optimizers[0].add_param_group(s)
         self.surgery = SURGERIES.get(config.mode)
         if config.mode == "cap":
@@ -1081,11 +1071,11 @@ def train_step(run, batch, progress, backward=backward):  # data/bench.py times 
     rate = learning_rate(progress, run.config.warmup)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+            group["lr"] = optimizer.defaults["lr"] * rate  # the default stays at the peak
         optimizer.zero_grad(set_to_none=False)
     weights = run.w.split([len(part.heads) for part in run.network.parts])
-    signals = [backward(module, batch, run.losses, w, run.autocast, run.surgery)
-               for module, w in zip(run.modules, weights)]
+    signals = [backward(part, batch, run.losses, w, run.autocast, run.surgery)
+               for part, w in zip(run.network.parts, weights)]
     L = torch.cat([signal.L for signal in signals])
     shared = signals[0]  # the trunk's: dual shares none
     log = {"L": L, "w": run.w}
@@ -1098,6 +1088,8 @@ def train_step(run, batch, progress, backward=backward):  # data/bench.py times 
     grad_norms = []
     for optimizer in run.optimizers:
         owned = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in owned:  # each rank had other images; all began alike, and so stay alike
+            mean_over_ranks(p.grad)
         grad_norms.append(nn.utils.clip_grad_norm_(owned, run.config.grad_clip))
         optimizer.step()
     log["grad_norm"] = torch.stack(grad_norms).max()  # before clipping
@@ -1137,7 +1129,7 @@ def smaller(images, scale):
     return images.contiguous(memory_format=torch.channels_last)
 
 def epoch_batches(run, train_set):
-    """The run's next epoch: its rank's batches, shuffled and augmented, in channels_last order."""
+    """The rank's batches of the next epoch, shuffled and augmented, in channels_last order."""
     config = run.config
     rng = stream("augment", config.seed, run.epoch, run.rank)
     for indices in epoch_order(len(train_set), config, run.epoch, run.world, run.rank):
@@ -1149,9 +1141,9 @@ def epoch_batches(run, train_set):
 def estimate_statistics(run, train_set):
     """Sets BatchNorm's running statistics to those of the next epoch's first 512 images.
 
-    As training leaves them they lag behind the weights: at epoch 9 of 54 the detector scores 0.02
-    with them, 0.31 with these. No step of training reads them. The images are augmented, as those
-    that the weights were trained on: without, a zoomed and shifted set scores 0.03 lower.
+    As training leaves them they lag behind the weights: at epoch 9 of 54 the detector scores
+    0.02 with them, 0.31 with these. No step of training reads them. The images are augmented,
+    as those that trained the weights: without, a zoomed and shifted set scores 0.03 lower.
     """
     network = run.network
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -1167,16 +1159,15 @@ def estimate_statistics(run, train_set):
         norm.momentum = 0.1  # torch's own: forgotten by the next estimate
     network.train()
 
-def train_epoch(run, train_set, bar):
-    """One pass over the training split; one row a step, all finite or FloatingPointError."""
+def train_epoch(run, train_set, count, bar):
+    """One pass over the training split: `count` rows, one a step, or FloatingPointError."""
     config = run.config
     started = time.perf_counter()
     cpu = time.process_time()
     # Dropout draws from torch's own stream.
     torch.manual_seed(stream("dropout", config.seed, run.epoch, run.rank).initial_seed())
-    count = len(epoch_order(len(train_set), config, run.epoch, run.world, run.rank))
-    first = round(config.progressive_share * config.epochs)
-    small = config.mode == "dual" and run.epoch < first
+    first_epochs = round(config.progressive_share * config.epochs)
+    small = config.mode == "dual" and run.epoch < first_epochs
     steps = []
     for k, batch in enumerate(epoch_batches(run, train_set)):
         if small:  # targets are fractions: they hold at any size
@@ -1200,7 +1191,7 @@ def train(run, train_set, val_set):
     with tqdm(total=config.epochs * steps, initial=run.epoch * steps, unit="step", leave=False,
               desc=config.mode, disable=quiet) as bar:
         while run.epoch < config.epochs:
-            rows = train_epoch(run, train_set, bar)
+            rows = train_epoch(run, train_set, steps, bar)
             run.epoch += 1  # before the yield: a checkpoint counts whole epochs
             run.rows += rows
             due = run.epoch % config.eval_interval == 0 or run.epoch == config.epochs
@@ -1218,12 +1209,15 @@ def train(run, train_set, val_set):
 JETS = {"AR": 5, "MR": 230, "PR": 55, "TR": 160}  # leaking valve: hue of its Doppler, degrees
 VIEWS = ("PSAX", "PLAX", "A4C")
 
-def speckle(rng, shape, s, a=1):
-    """Speckle (H, W), mean 1: amplitude of complex noise under a Gaussian, a*s px across, s down."""
+def speckle(rng, shape, s, aspect=1):
+    """Speckle (H, W) of mean 1: amplitude of blurred complex noise.
+
+    The blur is a Gaussian of s px down the image, aspect * s across.
+    """
     noise = rng.standard_normal((2, *shape))  # (2, H, W): real and imaginary part
     fy = np.fft.fftfreq(shape[0])[:, None]
     fx = np.fft.fftfreq(shape[1])
-    blur = np.exp(-2 * np.pi**2 * (a * s * fx)**2) * np.exp(-2 * np.pi**2 * (s * fy)**2)
+    blur = np.exp(-2 * np.pi**2 * (aspect * s * fx)**2) * np.exp(-2 * np.pi**2 * (s * fy)**2)
     amplitude = np.abs(np.fft.ifft2(np.fft.fft2(noise[0] + 1j * noise[1]) * blur))
     return amplitude / amplitude.mean()
 
@@ -1234,7 +1228,7 @@ def hsv_to_rgb(hue, saturation, value):
     return value[..., None] * (1 - saturation * ramp)
 
 def place_jets(rng, apex, radius, angle):
-    """Up to three boxes (n, 4), cx cy w h in fractions, apart, in a sector of this half-angle."""
+    """Up to three boxes (n, 4), cx cy w h in fractions, apart; angle: half of the sector's."""
     size = rng.uniform((0.14, 0.18), (0.30, 0.38), (300, 2))
     centre = rng.uniform(0.1, 0.95, (300, 2))
     size[200:] = 0.14, 0.18  # so that the narrowest sector too has room for one
@@ -1286,7 +1280,8 @@ def synthetic_sample(seed, split, i, imgsz, c):
     y = x[:, None]  # (H, 1)
     across = np.abs(x - apex[0])
     down = y - apex[1]
-    sector = (0.05**2 < across**2 + down**2) & (across**2 + down**2 < radius**2)  # (H, W)
+    squared = across**2 + down**2  # (H, W), distance from the apex
+    sector = (0.05**2 < squared) & (squared < radius**2)
     sector &= across < math.tan(half_angle) * down
     tissue = 0.16 + 0.10 * np.clip(speckle(rng, (imgsz, imgsz), 7 * px) - 0.6, 0, 2)
     for _ in range(rng.integers(1, 3)):  # dark chambers
@@ -1311,7 +1306,7 @@ def synthetic_split(config, split, count):
     return JointSet(np.stack(pixels), boxes, labels, list(JETS), list(VIEWS))
 
 def room(name):
-    """The module data/<name>.py beside this file, whatever else is named data; None if absent."""
+    """The module data/<name>.py beside this file, whatever else is named data, or None."""
     path = ROOT / "data" / f"{name}.py"
     if not path.exists():
         return None
@@ -1364,28 +1359,19 @@ class ReportRule:
         self.w = torch.tensor(initial_weights)
         self.alpha = alpha
         self.step = 0
-        self.L0 = None
 
     def update(self, L, g):
         """g (2,): norms of the gradients of L (2,) at the heads' outputs, not at W."""
         self.step += 1
         if self.step < 10:
             return
-        if self.L0 is None:
+        if self.step == 10:
             self.L0 = L
             self.G0_bar = g.mean()
         L_tilde = L / self.L0
         r = L_tilde / L_tilde.mean()
         w = self.w * self.G0_bar * r**self.alpha / (g + 1e-8)
         self.w = w / w.mean() * len(w)
-
-def smoke_losses(trunk, heads):
-    """Outputs of both heads on noise, and their losses (2,) towards random classes."""
-    features = trunk(torch.randn(8, 3, 64, 64))
-    outputs = [head(features) for head in heads]
-    one_hot = F.one_hot(torch.randint(4, (8,)), 4).float()
-    return outputs, torch.stack([F.cross_entropy(outputs[0], torch.randint(4, (8,))),
-                                 F.binary_cross_entropy_with_logits(outputs[1], one_hot)])
 
 def smoke_test(seed, rule):
     """The report's smoke test (cross-entropy and BCE on noise) under one of RULES."""
@@ -1401,15 +1387,19 @@ def smoke_test(seed, rule):
     totals = []
     started = time.perf_counter()
     for _ in range(50):  # 5 epochs of 10 batches
-        outputs, losses = smoke_losses(trunk, heads)
+        features = trunk(torch.randn(8, 3, 64, 64))
+        outputs = [head(features) for head in heads]
+        one_hot = F.one_hot(torch.randint(4, (8,)), 4).float()
+        L = torch.stack([F.cross_entropy(outputs[0], torch.randint(4, (8,))),
+                         F.binary_cross_entropy_with_logits(outputs[1], one_hot)])
         at = outputs if rule == "report" else [W, W]
         norms = torch.stack([torch.autograd.grad(L_i, x, retain_graph=True)[0].norm()
-                             for L_i, x in zip(losses, at)])
-        loss = (weights[-1] * losses).sum()
+                             for L_i, x in zip(L, at)])
+        loss = (weights[-1] * L).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        balancer.update(losses.detach(), norms)
+        balancer.update(L.detach(), norms)
         weights.append(balancer.w.clone())
         totals.append(loss.item())
     seconds = time.perf_counter() - started
@@ -1449,7 +1439,7 @@ def read_yaml(path):
 
 def key_comments():
     """What config.yaml says of each key: its range, and its line in --help and in an error."""
-    text = (ROOT / "config.yaml").read_text(encoding="utf-8")
+    text = SHIPPED.read_text(encoding="utf-8")
     return dict(re.findall(r"^(\w+):.*?  +# (.*)$", text, re.MULTILINE))
 
 def did_you_mean(word, words):
@@ -1464,9 +1454,10 @@ def convert_value(key, value, hint, where):
             value = yaml.load(value if value[0] == "[" else f"[{value}]", yaml.BaseLoader)
         value = msgspec.convert(value, hint, strict=False)  # 2.5 is no int, true no float
         bounds = re.search(r"(-?\d[\d.e-]*) to (\d[\d.e]*)", key_comments()[key])
-        low, high = map(float, bounds.groups()) if bounds else (-math.inf, math.inf)
-        if bounds and not all(low <= x <= high for x in np.ravel(value)):
-            raise ValueError
+        if bounds:
+            low, high = map(float, bounds.groups())
+            if not all(low <= x <= high for x in np.ravel(value)):
+                raise ValueError
         return value
     except (msgspec.ValidationError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{where}: {key}: found {str(value)[:60]!r}, expected "
@@ -1474,9 +1465,7 @@ def convert_value(key, value, hint, where):
 
 def make_config(values, where):
     """A checked Config from a mapping of exactly its keys."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected lines of 'key: value'")
-    hints = get_type_hints(Config, include_extras=True)
+    hints = Config.__annotations__
     for key in values:
         if key not in hints:
             hint = did_you_mean(str(key), hints)
@@ -1486,9 +1475,10 @@ def make_config(values, where):
 
 def load_config(path, settings):
     """The shipped config.yaml, over it a YAML file's and then a command line's settings."""
-    shipped = read_yaml(ROOT / "config.yaml")
     given = read_yaml(path)
-    config = make_config(shipped | given if isinstance(given, dict) else given, str(path))
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected lines of 'key: value'")
+    config = make_config(read_yaml(SHIPPED) | given, str(path))
     return make_config(asdict(config) | settings, "command line")
 
 def to_json(value):
@@ -1500,12 +1490,12 @@ def clean(value):  # as it comes back from JSON or YAML
 
 def write_atomic(path, content):
     """Writes a file by way of a second one: it is the old or the new, never half."""
-    part = path.with_name(path.name + ".part")  # same folder: there a rename is atomic
+    begun = path.with_name(f"{path.name}.part")  # same folder: there a rename is atomic
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        part.replace(path)
+        begun.write_bytes(content.encode() if isinstance(content, str) else content)
+        begun.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        begun.unlink(missing_ok=True)
 
 def write_json(path, value):
     write_atomic(path, msgspec.json.format(to_json(value), indent=1) + b"\n")
@@ -1529,14 +1519,14 @@ def cell_text(x):
 
 def markdown(header, rows):
     """An aligned Markdown table."""
-    cells = [header] + [[cell_text(x) for x in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for row in cells:
+    texts = [header] + [[cell_text(x) for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    texts.insert(1, ["-" * width for width in widths])
+    table = ""
+    for row in texts:
         padded = [text.ljust(width) for text, width in zip(row, widths)]
-        lines.append("| " + " | ".join(padded) + " |")
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
+        table += f"| {' | '.join(padded)} |\n"
+    return table
 
 @contextlib.contextmanager
 def held(folder):
@@ -1570,7 +1560,7 @@ def new_folder(out, name):
 
     UserError where it holds anything, OSError where nothing can be written: before any work.
     """
-    if out and out.exists() and not out.is_dir():
+    if out and out.is_file():
         raise UserError(f"--out {out}: not empty: a file; give a new folder")
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -1590,24 +1580,23 @@ def load_checkpoint(path, *keys):
     """The mapping in a file of torch's, read without running its code; it must have `keys`."""
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        return state | {key: state[key] for key in keys}
-    except KeyError as error:
-        raise UserError(f"{path}: has no {error}; expected the best.pt or last.pt of a run of "
-                        f"{SCHEMA}") from error
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
         reason = type(error).__name__
         if "weights_only" in str(error):
             reason = ("it holds Python objects, as YOLOv5's own best.pt does; the line that "
                       "writes its tensors stands in README.md")
         raise UserError(f"{path}: no run's .pt, or damaged: {reason}") from error
+    for key in keys:
+        if key not in state:
+            raise UserError(f"{path}: has no {key!r}; expected the best.pt or last.pt of a run "
+                            f"of {SCHEMA}")
+    return state
 
 def is_best(rows):
     """Was the last epoch evaluated, and none better, by mAP50-95 + balanced accuracy?"""
-    if "val" not in rows[-1]:
-        return False
-    scores = [(row["val"]["mAP50-95"] or 0) + (row["val"]["balanced_accuracy"] or 0)
-              for row in rows if "val" in row]
-    return scores[-1] == max(scores)
+    judged = [row["val"] for row in rows if "val" in row]
+    scores = [sum(val[key] or 0 for key in ("mAP50-95", "balanced_accuracy")) for val in judged]
+    return "val" in rows[-1] and scores[-1] == max(scores)
 
 def save_epoch(run, train_set, out):
     """Adds an epoch to the log, replaces last.pt, and best.pt if no validation was better."""
@@ -1626,7 +1615,8 @@ def save_epoch(run, train_set, out):
         write_atomic(out / "best.pt", buffer.getvalue())
     write_atomic(out / "last.pt", buffer.getvalue())  # last: it says where to resume
 
-FREE = dict.fromkeys(("device", "threads", "cache_mb", "data"))  # that --resume may change
+# What --resume may change: laid over two configs, it makes them alike in these keys.
+FREE = dict.fromkeys(("device", "threads", "cache_mb", "data"))
 
 def restore(run, last, fingerprint):
     """Puts a begun run back to where its last.pt stands, and says so; UserError if not."""
@@ -1647,8 +1637,6 @@ def restore(run, last, fingerprint):
         optimizer.load_state_dict(saved)
     if run.balancer:
         run.balancer.load_state_dict(state["balancer"])
-    if run.epoch == run.config.epochs:
-        return f"finished: nothing left to train, after epoch {run.epoch} of {run.epoch}"
     return f"resumed after epoch {run.epoch} of {run.config.epochs}"
 
 def saved_detector(path):
@@ -1680,28 +1668,29 @@ def warm_start(run, path):
              if getattr(x, "shape", None) == own[key].shape}
     left = [key for key in slots if key not in taken]  # as of another number of classes
     detects = "det" in run.config.tasks
-    if len(saved) != len(slots) and detects or any("trunk" in key for key in left):
+    other_depth = detects and len(saved) != len(slots)
+    other_width = any("trunk" in key for key in left)
+    if other_depth or other_width:
         stem = next(iter(saved.values()), None)
         width = f"{len(stem) / 64:g}" if getattr(stem, "ndim", 0) == 4 else "unknown"
         raise UserError(f"init {path}: no detector of this width_multiple and depth_multiple "
                         f"({len(saved)} tensors of {len(slots)}; its width_multiple: {width})")
     run.network.load_state_dict(own | taken)
     if anchors is not None and detects and run.config.anchors == "auto":
-        run.network.parts[0].heads["det"].anchors.copy_(anchors)
+        run.network.anchors.copy_(anchors)
     return f"init {path}: took {len(taken)} of the detector's tensors, left {left or 'none'}"
 
 def describe(run, train_set, val_set):
     """What a data set holds: images, boxes and classes of each split, canvas, anchors."""
-    heads = run.network.parts[0].heads
+    detects = "det" in run.config.tasks
     found = {"fingerprint": train_set.fingerprint, "canvas": train_set.canvas,
-             "anchors": heads["det"].anchors.tolist() if "det" in heads else None}
+             "anchors": run.network.anchors.tolist() if detects else None}
     for split, data in (("train", train_set), ("val", val_set)):
         boxes = np.concatenate(data.boxes)[:, 0].tolist()
         counts = {"images": len(data), "images without class": data.labels.count(NO_LABEL)}
-        for k, name in enumerate(data.names):
-            counts[f"box {name}"] = boxes.count(k)
-        for k, name in enumerate(data.classification_names):
-            counts[f"class {name}"] = data.labels.count(k)
+        counts |= {f"box {name}": boxes.count(k) for k, name in enumerate(data.names)}
+        counts |= {f"class {name}": data.labels.count(k)
+                   for k, name in enumerate(data.classification_names)}
         found[split] = counts
     return found
 
@@ -1712,8 +1701,9 @@ def unlearnable(run, train_set):
     notes = []
     boxes = torch.from_numpy(np.concatenate(train_set.boxes)).float()  # (n, 5)
     shapes = [tuple(side // stride for side in train_set.canvas) for stride in STRIDES]
-    anchors = run.network.parts[0].heads["det"].anchors.cpu()
-    match = match_targets(F.pad(boxes, (1, 0)), shapes, anchors, run.config.anchor_thres)
+    targets = F.pad(boxes, (1, 0))  # (n, 6); of which image does not matter
+    anchors = run.network.anchors.cpu()
+    match = match_targets(targets, shapes, anchors, run.config.anchor_thres)
     lost = len(boxes) - len(match.target.unique())
     if lost:
         notes.append(f"{lost} of {len(boxes)} boxes match no anchor at imgsz "
@@ -1727,40 +1717,36 @@ def unlearnable(run, train_set):
 def cost(network, canvas):
     """Parameters of trunk and tasks (dual shares none), FLOPs an image (multiply-add: two)."""
     from torch.utils.flop_counter import FlopCounterMode
-    counts = dict.fromkeys(("total", "trunk", "det", "cls"), 0)
+    def size(module):
+        return sum(p.numel() for p in module.parameters())
+    counts = {"total": size(network), "trunk": 0, "det": 0, "cls": 0}
+    dual = len(network.parts) == 2
     for part in network.parts:
-        for name, module in (("trunk", part.trunk), *part.heads.items()):
-            owner = name if len(network.parts) == 1 else next(iter(part.heads))
-            size = sum(p.numel() for p in module.parameters())
-            counts[owner] = counts.get(owner, 0) + size
-            counts["total"] += size
+        for task, head in part.heads.items():
+            counts[task] = size(part if dual else head)
+        if not dual:
+            counts["trunk"] = size(part.trunk)
     network.eval()
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, *canvas, device=next(network.parameters()).device))
     return {"parameters": counts, "flops_per_image": counter.get_total_flops()}
 
-def peak_rss_mb():
-    """The most memory that this process has held; None on Windows, which has no `resource`."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+def from_proc(file, key):
+    """The text under a key of a file in /proc, where Linux keeps it; None elsewhere."""
+    with contextlib.suppress(OSError, IndexError):  # no such file, no such line in it
+        return re.findall(rf"{key}\s*:\s*(.+)", Path("/proc", file).read_text())[0]
 
-def processor():
-    """The processor's name, which Linux keeps in a file."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+def peak_rss_mb():
+    """The most memory that this process has held, in MB; None where /proc does not tell."""
+    peak = from_proc("self/status", "VmHWM")  # as in 391232 kB
+    return peak and int(peak.split()[0]) / 2**10
 
 def environment(device):
     """What a result depends on beside the code and the config: versions, device, threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": str(torch.__version__), "python": platform.python_version(),
-            "os": platform.system(), "processor": processor(), "device": name,
+            "os": platform.system(), "device": name,
+            "processor": from_proc("cpuinfo", "model name") or platform.processor(),
             "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
             "processes": int(os.environ.get("WORLD_SIZE", 1))}
 
@@ -1833,13 +1819,13 @@ def option_parser(description):
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option value …]", description=description, allow_abbrev=False,
-        exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        exit_on_error=False)
     files = parser.add_argument_group("files")
-    files.add_argument("--config", type=Path, default=ROOT / "config.yaml",
+    files.add_argument("--config", type=Path, default=SHIPPED,
                        help="a YAML file of settings, laid over the shipped config.yaml")
     files.add_argument("--out", type=Path, help="a new folder for the results [below runs/]")
     keys = parser.add_argument_group("settings, as in config.yaml")
-    shipped = read_yaml(ROOT / "config.yaml")
+    shipped = read_yaml(SHIPPED)
     for key, comment in key_comments().items():
         if key != "mode":  # it has more choices, and stands first
             value = re.sub("[][' ]", "", str(shipped[key]))
@@ -1848,12 +1834,12 @@ def option_parser(description):
 
 def run_program(parser, job, argv=None):
     """job(options, settings) -> 0 done, 1 failed, 2 a mistake in the input, 130 interrupted."""
-    if threading.current_thread() is threading.main_thread():
+    with contextlib.suppress(ValueError):  # in a thread, where signals are not set
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on Ctrl-C is told
     warnings.simplefilter("ignore")  # a bad image is an error, a missing glyph a little box
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names that it cannot show are shown escaped
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):  # names that it cannot show are shown escaped
+            output.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         args, settings = parse(parser, sys.argv[1:] if argv is None else argv)
         return job(args, settings) or 0
@@ -1876,7 +1862,7 @@ def parse(parser, argv):
             raise UserError(f"{word!r}: not UTF-8; rename it, or name a link to it (ln -s)")
     args, unknown = parser.parse_known_args(words)
     if unknown:
-        hint = did_you_mean(unknown[0].lstrip("-").partition("=")[0], list(vars(args)))
+        hint = did_you_mean(unknown[0].lstrip("-").partition("=")[0], vars(args))
         raise UserError(f"{unknown[0]}: no such option{hint}; --help lists all")
     given = {key: getattr(args, key) for key in key_comments() if key != "mode"}
     return args, {key: value for key, value in given.items() if value is not None}
@@ -1919,7 +1905,7 @@ def print_header(run, dataset, notes):
     config = run.config
     images = dataset["train"]["images"]
     if config.batch_size > images:
-        notes = notes + [f"batch_size {config.batch_size}: one step an epoch, of {images} images"]
+        notes.append(f"batch_size {config.batch_size}: one step an epoch, of {images} images")
     for note in notes[:10]:
         print(f"warning: {note}", file=sys.stderr)
     if len(notes) > 10:
@@ -1930,12 +1916,8 @@ def print_header(run, dataset, notes):
     print(markdown(["", "train", "val"], counts))
     H, W = dataset["canvas"]
     print(f"canvas {W} x {H} px")
-    if "det" in config.tasks:
+    if dataset["anchors"]:
         print(f"anchors, px: {np.round(dataset['anchors']).astype(int).tolist()}")
-        times = min(config.batch_size, images) if config.det_loss_times_batch else 1
-        loss = run.losses["det"]
-        print(f"detection loss: {times} x ({config.box_gain:.3g} box + "
-              f"{loss.obj_gain:.3g} objectness + {loss.cls_gain:.3g} class)")
 
 def print_results(results):
     rows = [[key, x] for key, x in results["val"].items() if isinstance(x, float)]
@@ -1944,7 +1926,7 @@ def print_results(results):
     print(markdown([f"{results['mode']}, seed {results['seed']}", "value"], rows))
 
 def run_training(config, resume, out):
-    """Trains, saving log and checkpoint each epoch; then results.json, closing table, figure."""
+    """Trains, saving log and checkpoints each epoch; then results.json, the table, a figure."""
     device = pick_device(config.device)
     started = time.perf_counter()
     train_set, val_set = load_data(config, out)
@@ -1969,10 +1951,10 @@ def run_training(config, resume, out):
     if run.rank > 0:
         return
     if config.epochs == 0:
-        boxes = [np.column_stack([boxes[:, 0], train_set.boxes_xyxy(i)])
-                 for i, boxes in enumerate(train_set.boxes)]
+        rows = [np.column_stack([boxes[:, 0], train_set.boxes_xyxy(i)])  # (n, 5) class, px
+                for i, boxes in enumerate(train_set.boxes)]
         titles = [path.stem for path in train_set.paths]
-        draw(out / "labels.png", "draw_data", train_set.pixels, boxes, train_set.labels, titles,
+        draw(out / "labels.png", "draw_data", train_set.pixels, rows, train_set.labels, titles,
              train_set.names, train_set.classification_names)
     else:
         results = clean(summarise(run, dataset, start_s))
@@ -1994,22 +1976,23 @@ def start_training(args, settings):
         data = Path(config.data)
         kind = config.mode if config.epochs else "data"
         folder = new_folder(args.out, f"{kind}-{data.parent.name or data.stem}-s{config.seed}")
-    if int(os.environ.get("RANK", 0)) > 0:  # of several processes the first alone writes
-        folder = contextlib.nullcontext(args.resume or Path("."))
+    if int(os.environ.get("RANK", 0)) > 0:  # of several processes the first alone writes:
+        folder = contextlib.nullcontext(args.resume or Path("."))  # the others enter no folder
     start_torch(config)
     with folder as out:
         try:
             run_training(config, bool(args.resume), out)
         except KeyboardInterrupt:
-            begun = (out / "config.yaml").exists()
-            raise KeyboardInterrupt(f"go on by --resume {out}" if begun else "nothing was begun")
+            if (out / "config.yaml").exists():
+                raise KeyboardInterrupt(f"go on by --resume {out}")
+            raise KeyboardInterrupt("nothing was begun")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 def check_resume(args, settings):
     """UserError where a folder cannot be gone on with, or by these options."""
     out = args.resume
-    if args.config != ROOT / "config.yaml" or args.out or args.mode or settings.keys() - FREE:
+    if args.config != SHIPPED or args.out or args.mode or settings.keys() - FREE:
         raise UserError(f"--resume: takes no option but {', '.join(FREE)}; the others stand in "
                         "its config.yaml. More epochs, another schedule: --init its last.pt")
     if out.is_file():
@@ -2044,10 +2027,11 @@ def run_reproduce(args):
 
 def start_predict(args, settings):
     """Hands over to data/predict.py, a program of its own; its exit code."""
-    if not args.checkpoint or args.config != ROOT / "config.yaml":
+    if not args.checkpoint or args.config != SHIPPED:
         raise UserError("--mode predict: needs --checkpoint best.pt, and takes no --config")
     words = [sys.executable, ROOT / "data" / "predict.py", args.checkpoint]
-    words += [args.source] if args.source else []
+    if args.source:
+        words.append(args.source)
     given = settings | {"out": args.out}
     words += [f"--{key}={value}" for key, value in given.items() if value]
     return subprocess.call(words)
@@ -2060,7 +2044,7 @@ def job(args, settings):
         raise UserError("--checkpoint, --source: of --mode predict alone; to train, --init")
     if args.mode != "reproduce":
         return start_training(args, settings)
-    if args.config != ROOT / "config.yaml" or settings or args.resume:
+    if args.config != SHIPPED or settings or args.resume:
         raise UserError("--mode reproduce: takes no setting but --out")
     return run_reproduce(args)
 
@@ -2070,7 +2054,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--mode", choices=(*MODES, "reproduce", "predict"),
         help=f"{key_comments()['mode']} | reproduce (the report's smoke test) | predict"
-             f" [{read_yaml(ROOT / 'config.yaml')['mode']}]")
+             f" [{read_yaml(SHIPPED)['mode']}]")
     add("--resume", type=Path, metavar="DIR", help="go on with the interrupted run there")
     add("--checkpoint", type=Path, help="predict: a run's best.pt or last.pt")
     add("--source", type=Path, help="predict: an image or a folder, in place of the val split")
