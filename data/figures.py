@@ -249,10 +249,14 @@ def weight_of(label):
     return float(found[1]) if found else float(label == "equal")
 
 def name_of(label):
-    """A label as a picture shows it: a line a setting, fixed weights as (1, x)."""
+    """A label as a picture shows it: cap 0.5, gradnorm alpha=3, fixed weights as (1, x)."""
     if ":" in label and weight_of(label):
         return f"(1, {weight_of(label):g})"
-    return "\n".join(map(legible, label.split(":")))
+    mode, *settings = label.split(":")
+    if len(settings) > 1:  # of several the values alone
+        settings = [setting.partition("=")[2] for setting in settings]
+    settings = [setting.removeprefix(f"{mode}=") for setting in settings]
+    return legible(f"{mode} {', '.join(settings)}".strip())
 
 def find_pairs(paired):
     """{label: its rows versus `detect` and versus `classify`}, where it has both."""
@@ -369,7 +373,9 @@ def draw_trajectories(results):
     axes[0].axhline(0, c="black", lw=1)
     axes[1].set_ylim(0, 1)
     if len(axes) > 2:
-        axes[2].legend()
+        handles, texts = axes[2].get_legend_handles_labels()
+        once = dict(zip(texts, handles))  # each task, however many runs of GradNorm
+        axes[2].legend(once.values(), once.keys())
     fig.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
     return fig
 
