@@ -205,7 +205,7 @@ class GradNorm:
         usable = (L > 0) & L.isfinite()
         self.L0 = torch.where((self.L0 == 0) & usable, L, self.L0)
         # Departs from the paper (all batches have labels): without L or n w has no target.
-        if not (usable & (n > 0) & n.isfinite()).all():
+        if not (usable & (n > 0) & n.square().isfinite()).all():  # Adam squares n
             return self.w.clone()
         T = len(self.w)
         G = self.w * n  # (T,), of the step just made; G to r: GradNorm, section 3.1
@@ -1440,7 +1440,7 @@ def read_yaml(path):
 def key_comments():
     """What config.yaml says of each key: its range, and its line in --help and in an error."""
     text = SHIPPED.read_text(encoding="utf-8")
-    return dict(re.findall(r"^(\w+):.*?  +# (.*)$", text, re.MULTILINE))
+    return dict(re.findall(r"^(\w+):(?:.*? # (.*))?", text, re.MULTILINE))
 
 def did_you_mean(word, words):
     """"; did you mean …?" with the likeliest of the words, or nothing."""
@@ -1449,19 +1449,20 @@ def did_you_mean(word, words):
 
 def convert_value(key, value, hint, where):
     """A value, as text or as it is, in the type and range of its key: "1e-3" is a number."""
+    comment = key_comments().get(key, "a line for it in config.yaml")
     try:
         if isinstance(value, str) and "," in value and hint is not str:  # 1,0.1 or [1, 0.1]
             value = yaml.load(value if value[0] == "[" else f"[{value}]", yaml.BaseLoader)
         value = msgspec.convert(value, hint, strict=False)  # 2.5 is no int, true no float
-        bounds = re.search(r"(-?\d[\d.e-]*) to (\d[\d.e]*)", key_comments()[key])
+        bounds = re.search(r"(-?\d[\d.e-]*) to (\d[\d.e]*)", comment)
         if bounds:
             low, high = map(float, bounds.groups())
             if not all(low <= x <= high for x in np.ravel(value)):
                 raise ValueError
         return value
     except (msgspec.ValidationError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{where}: {key}: found {str(value)[:60]!r}, expected "
-                        f"{key_comments()[key]}") from error
+        found = str(value)[:60]
+        raise UserError(f"{where}: {key}: found {found!r}, expected {comment}") from error
 
 def make_config(values, where):
     """A checked Config from a mapping of exactly its keys."""
@@ -1581,10 +1582,10 @@ def load_checkpoint(path, *keys):
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike
-        reason = type(error).__name__
+        reason = getattr(error, "strerror", None) or type(error).__name__
         if "weights_only" in str(error):
             reason = ("it holds Python objects, as YOLOv5's own best.pt does; the line that "
-                      "writes its tensors stands in README.md")
+                      "writes its tensors stands in data/README.md")
         raise UserError(f"{path}: no run's .pt, or damaged: {reason}") from error
     for key in keys:
         if key not in state:
@@ -1647,12 +1648,15 @@ def saved_detector(path):
         of_detector = "parts.0.trunk.", "parts.0.heads.det."
         saved = {key: x for key, x in saved["network"].items() if key.startswith(of_detector)}
         unit = 1
+    saved = {str(key): x for key, x in saved.items()}
     if any("dfl" in key for key in saved):
         raise UserError(f"init {path}: the head of a v5u, v8 or 11 detector, without anchors; "
                         "expected a YOLOv5's")
     kept = [key for key in saved if key.endswith(("anchors", "anchor_grid"))]
     anchors = [saved.pop(key) for key in kept]
-    return saved, anchors[0] * unit if anchors else None
+    # YOLOv5's P6 models have four levels, older ones another shape.
+    fits = [x * unit for x in anchors if getattr(x, "shape", None) == (3, 3, 2)]
+    return saved, fits[0] if fits else None
 
 def warm_start(run, path):
     """Lays a saved detector's tensors over a new run's, in order, where shapes agree.
@@ -1671,8 +1675,8 @@ def warm_start(run, path):
     other_depth = detects and len(saved) != len(slots)
     other_width = any("trunk" in key for key in left)
     if other_depth or other_width:
-        stem = next(iter(saved.values()), None)
-        width = f"{len(stem) / 64:g}" if getattr(stem, "ndim", 0) == 4 else "unknown"
+        inputs = [x.shape[1] for x in saved.values() if getattr(x, "ndim", 0) == 4]
+        width = f"{max(inputs, default=0) / 2048:g}"  # SPPF joins 2048 channels at width 1
         raise UserError(f"init {path}: no detector of this width_multiple and depth_multiple "
                         f"({len(saved)} tensors of {len(slots)}; its width_multiple: {width})")
     run.network.load_state_dict(own | taken)
@@ -1694,7 +1698,7 @@ def describe(run, train_set, val_set):
         found[split] = counts
     return found
 
-def unlearnable(run, train_set):
+def unlearnable(run, train_set, val_set):
     """A note where boxes cannot be learnt: no anchor is of their size, or they are too many."""
     if "det" not in run.config.tasks:
         return []
@@ -1708,7 +1712,8 @@ def unlearnable(run, train_set):
     if lost:
         notes.append(f"{lost} of {len(boxes)} boxes match no anchor at imgsz "
                      f"{run.config.imgsz}: they are not learnt; raise imgsz, or anchor_thres")
-    crowded = sum(len(boxes) > run.config.max_det for boxes in train_set.boxes)
+    images = train_set.boxes + val_set.boxes
+    crowded = sum(len(boxes) > run.config.max_det for boxes in images)
     if crowded:
         notes.append(f"{crowded} images have more than max_det ({run.config.max_det}) boxes: "
                      "not all can be found; raise max_det")
@@ -1754,10 +1759,11 @@ def code_version():
     """Which code made a result: a hash of this file, and the git commit where there is one."""
     commit = None
     with contextlib.suppress(OSError):  # no git
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True,
-                             text=True)
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--verify", "HEAD"],
+                             capture_output=True, text=True)
         commit = git.stdout.strip() or None
-    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    sources = [Path(__file__), *ROOT.glob("data/joint.py")]  # it decides what files mean
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {"sha256": digest[:16], "commit": commit}
 
 def measure_interference(column, tasks):
@@ -1797,11 +1803,11 @@ def summarise(run, dataset, start_s):
 
 def draw(path, kind, *values):
     """A picture by data/figures.py; one that cannot be drawn is a warning: results stand."""
-    figures = room("figures")
-    if figures is None:
-        print(f"no {path.name}: data/figures.py, which draws it, is not beside jointgrad.py")
-        return
     try:
+        figures = room("figures")
+        if figures is None:
+            print(f"no {path.name}: data/figures.py, which draws it, is not there")
+            return
         figures.save(getattr(figures, kind)(*values), path)
     except Exception as error:  # of a drawing library: any type
         reason = " ".join(str(error).split())[:200]
@@ -1825,10 +1831,13 @@ def option_parser(description):
                        help="a YAML file of settings, laid over the shipped config.yaml")
     files.add_argument("--out", type=Path, help="a new folder for the results [below runs/]")
     keys = parser.add_argument_group("settings, as in config.yaml")
-    shipped = read_yaml(SHIPPED)
+    try:
+        shipped = read_yaml(SHIPPED)
+    except UserError as error:  # told here: there is no parser yet
+        sys.exit(f"error: {error}")
     for key, comment in key_comments().items():
         if key != "mode":  # it has more choices, and stands first
-            value = re.sub("[][' ]", "", str(shipped[key]))
+            value = re.sub("[][' ]", "", str(shipped.get(key)))
             keys.add_argument(f"--{key}", help=f"{comment} [{value}]".replace("%", "%%"))
     return parser
 
@@ -1850,7 +1859,7 @@ def run_program(parser, job, argv=None):
         print("error:", *str(error).splitlines()[:1], file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print("interrupted;", *(error.args or ["the same command goes on"]), file=sys.stderr)
+        print("interrupted;", *(error.args or ["start it again"]), file=sys.stderr)
         return 130
 
 def parse(parser, argv):
@@ -1940,9 +1949,9 @@ def run_training(config, resume, out):
     start_s = time.perf_counter() - started
     if run.rank == 0:
         settings = yaml.safe_dump(clean(asdict(config)), sort_keys=False)
-        write_atomic(out / "config.yaml", settings)
         write_atomic(out / "metrics.jsonl", b"".join(to_json(row) + b"\n" for row in run.rows))
-        print_header(run, dataset, train_set.notes + unlearnable(run, train_set))
+        write_atomic(out / "config.yaml", settings)  # second: a folder with both is a run's
+        print_header(run, dataset, train_set.notes + unlearnable(run, train_set, val_set))
         print(f"{told}\n")
     for _ in train(run, train_set, val_set):
         if run.rank == 0:
@@ -1983,7 +1992,7 @@ def start_training(args, settings):
         try:
             run_training(config, bool(args.resume), out)
         except KeyboardInterrupt:
-            if (out / "config.yaml").exists():
+            if (out / "metrics.jsonl").exists():
                 raise KeyboardInterrupt(f"go on by --resume {out}")
             raise KeyboardInterrupt("nothing was begun")
     if torch.distributed.is_initialized():
@@ -1997,8 +2006,8 @@ def check_resume(args, settings):
                         "its config.yaml. More epochs, another schedule: --init its last.pt")
     if out.is_file():
         raise UserError(f"--resume {out}: a file; give the run's folder, --resume {out.parent}")
-    if not (out / "config.yaml").exists():
-        raise UserError(f"--resume {out}: no run there (no config.yaml); start a new one")
+    if not (out / "metrics.jsonl").exists():
+        raise UserError(f"--resume {out}: no run there (no metrics.jsonl); start a new one")
     if (out / "results.json").exists() and not (out / "last.pt").exists():
         raise UserError(f"--resume {out}: finished (results.json), and its last.pt is gone: "
                         "nothing to go on with; start a new run")
@@ -2017,7 +2026,8 @@ def run_reproduce(args):
             measured[f"smoke_{rule}"] = {name: [run[name] for run in runs] for name in runs[0]}
         checks = check_smoke(measured["smoke_report"])
         results = {"schema": SCHEMA, "mode": "reproduce", "checks": checks,
-                   "quantities": measured, "code": code_version()}
+                   "quantities": measured, "code": code_version(),
+                   "environment": environment(torch.device("cpu"))}
         write_json(out / "results.json", results)
         table = [[*check.values(), np.mean(measured["smoke_gradnorm"][check["name"]])]
                  for check in checks]
@@ -2029,7 +2039,10 @@ def start_predict(args, settings):
     """Hands over to data/predict.py, a program of its own; its exit code."""
     if not args.checkpoint or args.config != SHIPPED:
         raise UserError("--mode predict: needs --checkpoint best.pt, and takes no --config")
-    words = [sys.executable, ROOT / "data" / "predict.py", args.checkpoint]
+    program = ROOT / "data" / "predict.py"
+    if not program.exists():
+        raise UserError("--mode predict: data/predict.py, which does it, is not there")
+    words = [sys.executable, program, args.checkpoint]
     if args.source:
         words.append(args.source)
     given = settings | {"out": args.out}
@@ -2053,8 +2066,8 @@ def main(argv=None):
     parser = option_parser(__doc__.partition("\n\n    python")[0])
     add = parser.add_argument
     add("--mode", choices=(*MODES, "reproduce", "predict"),
-        help=f"{key_comments()['mode']} | reproduce (the report's smoke test) | predict"
-             f" [{read_yaml(SHIPPED)['mode']}]")
+        help=f"{key_comments().get('mode')} | reproduce (the report's smoke test) | predict"
+             f" [{read_yaml(SHIPPED).get('mode')}]")
     add("--resume", type=Path, metavar="DIR", help="go on with the interrupted run there")
     add("--checkpoint", type=Path, help="predict: a run's best.pt or last.pt")
     add("--source", type=Path, help="predict: an image or a folder, in place of the val split")

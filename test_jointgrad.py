@@ -1713,7 +1713,7 @@ def alone(tmp_path_factory):
 
 def test_the_file_alone_trains_and_says_that_it_draws_no_picture(alone):
     done = alone("jointgrad.py", "--out", "out", *options(epochs=1))
-    assert "no figure.png: data/figures.py, which draws it, is not beside" in done.stdout
+    assert "no figure.png: data/figures.py, which draws it, is not there" in done.stdout
     assert "written to out/: best.pt, config.yaml, last.pt, metrics.jsonl, res" in done.stdout
 
 def test_the_file_alone_says_that_it_reads_no_folders(alone):

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jointgrad as jg  # noqa: E402  (before torch: it sets what torch reads when it loads)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from data import figures  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------
@@ -285,7 +284,7 @@ def measure(config, wanted, tasks, rounds):
             "inference_images_per_s": dict(zip(steps, B / np.median(forward_s, 1))),
             "flops_per_image": {name: jg.cost(network, data.canvas)["flops_per_image"]
                                 for name, network in zip(steps, networks)},
-            "checks": checks, "environment": jg.environment(device)}
+            "checks": checks, "environment": jg.environment(device), "code": jg.code_version()}
 
 # ----------------------------------------------------------------------------------------------
 # 4. Command line: options -> results.json, bench.md, figure.png
@@ -314,13 +313,14 @@ def bench(args, settings):
     config = jg.load_config(args.config, settings)
     with jg.new_folder(args.out, "bench") as out:
         wanted = STEPS | (peer_steps() if args.peers else {})
-        results = {"schema": jg.SCHEMA, "mode": "bench", "command": shlex.join(sys.argv),
+        command = shlex.join(sys.argv).encode(errors="replace").decode()  # it may be no UTF-8
+        results = {"schema": jg.SCHEMA, "mode": "bench", "command": command,
                    "config": asdict(config), "rounds": args.rounds, "tasks": args.tasks}
         results = jg.clean(results | measure(config, wanted, args.tasks, args.rounds))
         text = f"    python {results['command']}\n\n{report(results)}"
         jg.write_json(out / "results.json", results)
         jg.write_atomic(out / "bench.md", text)
-        figures.save(figures.draw_bench(results), out / "figure.png")
+        jg.draw(out / "figure.png", "draw_bench", results)
     print(f"{text}\nwritten to {out}/: bench.md, figure.png, results.json")
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jointgrad as jg  # noqa: E402  (before torch: it sets what torch reads when it loads)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from data import figures, joint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+figures = jg.room("figures")  # whatever else is named data
+joint = jg.room("joint")
 
 # What a trained network can still be told; all other settings are its checkpoint's.
 SETTINGS = """data seed device threads imgsz cache_mb conf_thres iou_thres max_det batch_size
@@ -118,7 +120,10 @@ def predict(predictor, source, out):
             tqdm.write(f"warning: {error}; skipped", sys.stderr)
             continue
         found = predictor(image)
-        draw(predictor, image, found, out / picture)
+        try:
+            draw(predictor, image, found, out / picture)
+        except Exception as error:  # of a drawing library: any type
+            tqdm.write(f"warning: {picture} is not drawn ({error})", sys.stderr)
         told = str(name).encode(errors="replace").decode()  # it may be no UTF-8
         images.append({"image": told, "picture": picture} | found)
     if not images:

@@ -540,7 +540,10 @@ def carry_out(plan, out, args):
         if args.print:
             return sys.stdout.writelines(f"{shlex.join(x)}\n" for x in left.values())
         say(f"{len(left)} of {len(cells)} runs are left, {args.jobs} side by side")
-        finish_all(left, args.jobs)
+        try:
+            finish_all(left, args.jobs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the same command with --out {out} goes on")
         return publish(out, evaluate(plan, cells))
 
 def evaluate(plan, cells):
@@ -573,7 +576,7 @@ def evaluate(plan, cells):
 
 def publish(out, results):
     """Writes results.json, the report, then the pictures; the results as JSON has them."""
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.argv]).encode(errors="replace").decode()
     results = jg.clean({"schema": jg.SCHEMA, "mode": "compare", "command": command} | results)
     jg.write_json(out / "results.json", results)
     jg.write_atomic(out / "compare.md", report(results))

@@ -33,6 +33,8 @@ def write_split(folder: Path, split: str, data: jg.JointSet) -> list[str]:
 
 def export(args: Any, settings: dict[str, Any]) -> None:
     """The train and val splits below `args.folder`, which must be new or empty."""
+    if not args.folder:
+        raise jg.UserError("which folder? Expected a new one")
     config = jg.load_config(args.config, settings | {"data": "synthetic"})
     with jg.new_folder(args.folder, "") as folder:
         train_set, val_set = jg.load_data(config)
@@ -48,5 +50,5 @@ def export(args: Any, settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = jg.option_parser(__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument("folder", nargs="?", type=Path, help="a new folder")
     sys.exit(jg.run_program(parser, export))

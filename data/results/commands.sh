@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The commands that make the folders of this one, from the project's root: bash data/results/commands.sh [NAME …]
+# A comparison that was interrupted goes on when its command is repeated. Hours are of two cores, one thread a run.
+set -euo pipefail
+
+compare() { python data/study.py compare --out "data/results/$1" "${@:2}"; }
+TUNING="0 1 2 3 4 5"
+FRESH="200 201 202 203 204 205 206 207 208 209 210 211"
+
+reproduce() { python jointgrad.py --mode reproduce --out data/results/reproduce; }
+bench() { python data/bench.py --rounds 300 --out data/results/bench; }
+bench_peers() { python data/bench.py --peers --imgsz 128 --width_multiple 0.25 --rounds 30 --out data/results/bench_peers; }
+
+search() {  # 0.7 hours: six tries each for the fixed weight, GradNorm and the cap
+  compare search --seeds $TUNING --modes detect classify \
+    fixed:initial_weights=1,0.03 fixed:initial_weights=1,0.1 fixed:initial_weights=1,0.2 \
+    fixed:initial_weights=1,0.3 fixed:initial_weights=1,0.5 fixed:initial_weights=1,1 \
+    gradnorm:alpha=1.5:gradnorm_lr=0.025 gradnorm:alpha=1.5:gradnorm_lr=0.0025 \
+    gradnorm:alpha=3:gradnorm_lr=0.025 gradnorm:alpha=3:gradnorm_lr=0.0025 \
+    gradnorm:alpha=6:gradnorm_lr=0.025 gradnorm:alpha=6:gradnorm_lr=0.0025 \
+    cap:cap=0.05 cap:cap=0.1 cap:cap=0.2 cap:cap=0.25 cap:cap=0.3 cap:cap=0.5
+}
+
+main() {  # 1 hour: the main comparison
+  compare compare --seeds $FRESH --modes detect classify fixed equal gradnorm dual uncertainty pcgrad imtl mgda \
+    cap detach fixed:initial_weights=1,0.2 gradnorm:alpha=3
+}
+
+for name in "${@:-main}"; do $name; done
