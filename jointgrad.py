@@ -1549,10 +1549,11 @@ def held(folder):
 
 def first_free(name):
     """runs/<name>, or the first of -2, -3, … that this process is the one to make."""
+    Path("runs").mkdir(exist_ok=True)  # a broken link of that name ends here
     for k in itertools.count(1):
         folder = Path("runs", name if k == 1 else f"{name}-{k}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 @contextlib.contextmanager

@@ -631,8 +631,10 @@ def compare_means(recorded, measured):
 def check(args, settings):
     """Repeats a recorded comparison or a part of it; 1 if a mean left its interval."""
     recorded = read_json(args.file)
-    if not isinstance(recorded, dict) or "swept" not in recorded:
-        raise jg.UserError(f"{args.file}: expected the results.json of a comparison")
+    kind = {"schema": jg.SCHEMA, "mode": "compare"}
+    if not isinstance(recorded, dict) or recorded | kind != recorded:
+        raise jg.UserError(f"{args.file}: expected the results.json of a comparison, "
+                           f"{jg.SCHEMA}; what earlier code recorded cannot be repeated")
     plan = part_of(recorded, args, settings)
     took = sum(recorded["modes"][label]["run_s"]["mean"] for label in plan.labels)
     minutes = took * len(plan.seeds) / max(1, args.jobs) / 60
