@@ -1969,6 +1969,17 @@ def test_a_confusion_matrix_of_many_classes_has_no_numbers_and_few_names(count, 
     assert len(ax.texts) == numbers
     assert len(ax.get_xticks()) <= 24
 
+PLANE = table("""
+fixed:initial_weights=1,0.5  -0.09   0.003
+equal                        -0.134  0.002
+fixed:initial_weights=1,0.2  -0.031  -0.007
+gradnorm                     -0.069  0.002
+gradnorm:alpha=3             -0.07   0
+pcgrad                       -0.136  0.003
+dual                         -0.001  -0.005
+fixed                        0.007   -0.55
+uncertainty                  -0.37   0.01""")
+
 def test_the_plane_is_zoomed_and_names_at_its_edge_what_lies_beyond():
     ax = drawn_plane(PLANE)
     assert ax.get_xlim()[0] > -0.2

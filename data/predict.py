@@ -119,6 +119,8 @@ def predict(predictor, source, out):
         except joint.DataError as error:
             tqdm.write(f"warning: {error}; skipped", sys.stderr)
             continue
+        if isinstance(item, Path) and joint.look_at(item)[0] > 1:
+            tqdm.write(f"warning: {name}: several frames: the first is read", sys.stderr)
         found = predictor(image)
         try:
             draw(predictor, image, found, out / picture)
