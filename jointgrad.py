@@ -16,6 +16,9 @@ GradNorm (Chen et al., ICML 2018) as `GradNorm.update` computes it, in the paper
 A balancer (GradNorm, Uncertainty) sets the weights w of the losses. A surgery (PCGrad, IMTL,
 MGDA, cap) sets how much of each task's gradient g_i the trunk follows, sum a_i g_i. It reads
 one matrix, gram = grad_W grad_W^T, the inner products of the tasks' weighted gradients at W.
+Where two gradients are at right angles, and here they nearly are, every published surgery is
+a_i ~ |g_i|^-p, so eleven names are three: p = 0 PCGrad, the plain sum; p = 1 IMTL, Nash-MTL,
+Aligned-MTL; p = 2 MGDA, CAGrad. The cap is none of them: it asks whose gradient comes first.
 
     code       paper    meaning
     T          T        number of tasks
