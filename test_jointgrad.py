@@ -2317,7 +2317,7 @@ def test_a_run_that_fails_is_told_with_its_reason(tmp_path):
 def test_without_a_terminal_each_run_is_a_line(finished, capsys):
     nothing = [sys.executable, "-c", ""]
     left = {folder: nothing for folder in (finished / "runs").glob("detect-*")}
-    study.finish_all(left, jobs=2)
+    study.finish_all(left, jobs=1)
     first, _ = capsys.readouterr().err.splitlines()
     assert first.endswith(": 0 s, 0.500 / 0.500; 1 of 2, about 0 min left")
 
