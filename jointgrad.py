@@ -180,8 +180,7 @@ class GradNorm:
     `w` starts as given; each update makes it sum to T. `L0`: the losses that progress is
     measured against, by default the first that are finite and positive.
     """
-    def __init__(self, initial_weights, alpha=1.5, lr=0.025,
-                 w_min=0.001, L0=0.0, device="cpu",
+    def __init__(self, initial_weights, alpha=1.5, lr=0.025, w_min=0.001, L0=0.0, device="cpu",
                  dtype=torch.float32):
         self.w = torch.tensor(initial_weights, dtype=dtype, device=device)
         self.r = torch.ones_like(self.w)
@@ -851,8 +850,7 @@ def shares(gram, surgery):
     usable = (gram.diagonal() > 0).all() & a.isfinite().all()
     return torch.where(usable, a, torch.ones_like(a))
 
-def backward(part, batch, losses, w,
-             autocast=contextlib.nullcontext(), surgery=None):
+def backward(part, batch, losses, w, autocast=contextlib.nullcontext(), surgery=None):
     """Leaves the gradient of sum(w_i L_i) in the parameters' .grad; returns what it saw.
 
     With a surgery the trunk follows sum a_i g_i, g_i the gradient of w_i L_i at P3.
@@ -1450,9 +1448,8 @@ def did_you_mean(word, words):
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
-def convert_value(key, value, hint, where):
-    """A value, as text or as it is, in the type and range of its key: "1e-3" is a number."""
-    comment = key_comments().get(key, "a line for it in config.yaml")
+def convert_value(value, hint, comment, where):
+    """A value, as text or as it is, in a type and a comment's range; "1e-3" is a number."""
     try:
         if isinstance(value, str) and "," in value and hint is not str:  # 1,0.1 or [1, 0.1]
             value = yaml.load(value if value[0] == "[" else f"[{value}]", yaml.BaseLoader)
@@ -1465,7 +1462,7 @@ def convert_value(key, value, hint, where):
         return value
     except (msgspec.ValidationError, ValueError, yaml.YAMLError) as error:
         found = str(value)[:60]
-        raise UserError(f"{where}: {key}: found {found!r}, expected {comment}") from error
+        raise UserError(f"{where}: found {found!r}, expected {comment}") from error
 
 def make_config(values, where):
     """A checked Config from a mapping of exactly its keys."""
@@ -1474,8 +1471,12 @@ def make_config(values, where):
         if key not in hints:
             hint = did_you_mean(str(key), hints)
             raise UserError(f"{where}: unknown key {str(key)[:60]}{hint}")
-    return Config(**{key: convert_value(key, values.get(key), hint, where)
-                     for key, hint in hints.items()})
+    comments = key_comments()
+    checked = {}
+    for key, hint in hints.items():
+        comment = comments.get(key, "a line for it in config.yaml")
+        checked[key] = convert_value(values.get(key), hint, comment, f"{where}: {key}")
+    return Config(**checked)
 
 def load_config(path, settings):
     """The shipped config.yaml, over it a YAML file's and then a command line's settings."""
@@ -1908,7 +1909,8 @@ def start_torch(config):
 def epoch_line(run):
     """The last epoch: mean loss and weight of each task, and the metrics if there are any."""
     rows = [row for row in run.rows if row["epoch"] == run.epoch - 1]
-    told = {key: np.mean([row[key] for row in rows]) for key in rows[0] if key[0] in "Lw"}
+    told = {key: np.mean([row[key] for row in rows]) for key in rows[0]
+            if key.startswith(("L/", "w/"))}
     told |= {key: x for key, x in rows[-1].get("val", {}).items() if isinstance(x, float)}
     texts = [f"{key} {x:.3f}" for key, x in told.items()]
     return f"epoch {run.epoch}/{run.config.epochs}: {', '.join(texts)}"
