@@ -8,7 +8,7 @@ TUNING="0 1 2 3 4 5"
 FRESH="200 201 202 203 204 205 206 207 208 209 210 211"
 
 reproduce() { python jointgrad.py --mode reproduce --out data/results/reproduce; }
-bench() { python data/bench.py --rounds 300 --out data/results/bench; }
+bench() { python data/bench.py --rounds 200 --out data/results/bench; }
 bench_peers() { python data/bench.py --peers --imgsz 128 --width_multiple 0.25 --rounds 30 --out data/results/bench_peers; }
 
 search() {  # 0.7 hours: six tries each for the fixed weight, GradNorm and the cap
