@@ -26,4 +26,22 @@ main() {  # 1 hour: the main comparison
     cap detach fixed:initial_weights=1,0.2 gradnorm:alpha=3
 }
 
+# Does it travel? The dials of the search, unchanged. Ten seeds where a verdict is given, the first three where a direction is enough.
+TEN="200 201 202 203 204 205 206 207 208 209"
+SHARED="detect classify equal fixed:initial_weights=1,0.2 gradnorm gradnorm:alpha=3 cap"
+
+bccd() { compare bccd --config data/bccd.yaml --seeds $TEN --modes $SHARED dual; }  # 1.3 hours; data/bccd.py makes the set
+warm() {  # 0.4 hours, after main: a classifier added to a trained detector, which trains on
+  compare warm --epochs 54 --lr 0.003 --init 'data/results/compare/runs/detect-s{seed}/last.pt' --seeds $TEN --modes $SHARED
+}
+sgd() { compare sgd --optimizer sgd --weight_decay 0.0005 --lr 0.1 --seeds 0 1 2 --modes $SHARED; }
+budget() { compare budget --epochs 108 --seeds 0 1 2 --modes $SHARED; }
+width() { compare width --width_multiple 0.25 --seeds 0 1 2 --modes $SHARED; }
+dominance() { compare dominance --sweep dominance=0,0.5 --seeds 0 1 2 --modes $SHARED fixed; }
+
+curve() {  # 0.4 hours: fixed weights on the seeds of the main comparison
+  compare curve --seeds $FRESH --modes detect classify equal cap gradnorm gradnorm:alpha=3 fixed:initial_weights=1,0.03 \
+    fixed:initial_weights=1,0.1 fixed:initial_weights=1,0.2 fixed:initial_weights=1,0.3 fixed:initial_weights=1,0.5
+}
+
 for name in "${@:-main}"; do $name; done
