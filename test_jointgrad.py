@@ -2112,6 +2112,10 @@ def test_a_swept_value_with_a_comma_stands_in_brackets():
     labels = study.make_labels(["fixed"], ["initial_weights=[1,0.1],[1,2]"])
     assert labels == ["fixed:initial_weights=1,0.1", "fixed:initial_weights=1,2"]
 
+def test_a_mode_with_settings_of_its_own_is_a_line_of_its_own_over_a_sweep():
+    found = study.place_of("fixed:initial_weights=1,0.2:dominance=0", ["dominance"])
+    assert (found["mode"], found["value"]) == ("fixed:initial_weights=1,0.2", "0")
+
 def test_a_label_is_paired_at_the_same_value_of_what_all_modes_read():
     """lr is read by all modes, cap by one."""
     labels = ["detect", "detect:lr=0.1", "detect:lr=0.2"]

@@ -323,7 +323,8 @@ def draw_plane(results):
 def draw_sweep(results):
     """Both scores over the swept value: a line a mode through its means, a dot a seed.
 
-    A mode that does not read the swept key has one score at all values.
+    A mode that does not read the swept key has one score at all values; broken: a mode with
+    settings of its own.
     """
     ticks = list(results["sweep"]["values"])
     fig, axes = panels(2, 4.2, 3.6)
@@ -338,7 +339,8 @@ def draw_sweep(results):
         for mode, line in lines.items():
             colour = colour_of(mode)
             means = [q["mean"] for q in line.values()]
-            ax.plot(line.keys(), means, c=colour, label=legible(mode))
+            style = "--" if ":" in mode else "-"
+            ax.plot(line.keys(), means, style, c=colour, label=name_of(mode))
             for x, q in line.items():
                 ax.plot([x] * len(q["per_seed"]), q["per_seed"], ".", c=colour)
         ax.set_xticks(range(len(ticks)), map(legible, ticks))

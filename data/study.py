@@ -94,6 +94,14 @@ def make_labels(modes, sweeps):
         labels = [x for label in labels for x in swept.get(label, [label])]
     return labels
 
+def place_of(label, swept):
+    """Where a label stands in the picture of a sweep: its line and the value on the axis."""
+    parts = label.split(":")
+    at = [part for part in parts if part.partition("=")[0] in swept]
+    line = ":".join(part for part in parts if part not in at)
+    value = ", ".join(part.partition("=")[2] for part in at) or None
+    return {"mode": line, "value": value, "label": label}
+
 # --------------------------------------------------------------------------------------------------
 # 2. Cells: a label and a seed -> one process of jointgrad.py in a folder of its own
 # --------------------------------------------------------------------------------------------------
@@ -561,10 +569,7 @@ def evaluate(plan, cells):
         at_chance = unlearnt(runs, table, plan)
         paired = contrasts(table, at_chance)
         claims = judge(claims, table)
-    places = []
-    for label in plan.labels:
-        at = [x for key, x in settings_of(label).items() if key in plan.swept]
-        places.append({"mode": mode_of(label), "value": ", ".join(at) or None, "label": label})
+    places = [place_of(label, plan.swept) for label in plan.labels]
     values = dict.fromkeys(place["value"] for place in places if place["value"])
     sweep = {"key": ", ".join(plan.swept), "values": [*values]} if plan.swept else None
     return plan._asdict() | {
