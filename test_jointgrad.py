@@ -203,7 +203,8 @@ imtl    4  1    -1  0.333  0.667  as 1 / |g_i|, whatever the angle
 mgda    4  1    -1  0.286  0.714  (1 + 1) / (4 + 1 + 2)
 mgda    4  1.5  2   0      1      the shortest lies beyond g_2
 cap     4  1    0   1      0.5    0.25 of a norm of 2
-cap     4  0.01  0  1      1      it only ever reduces""")
+cap     4  0.01  0  1      1      it only ever reduces
+cap     0  0     0  1      1      no gradient: nothing to cap""")
 
 @cases("rule, g1_g1, g2_g2, g1_g2, a1, a2, why", BY_HAND)
 def test_surgery_of_two_tasks_by_hand(rule, g1_g1, g2_g2, g1_g2, a1, a2, why):
@@ -1044,6 +1045,24 @@ def test_a_line_that_is_repeated_counts_as_often(tmp_path):
     assert (train.pixels[3] == train.pixels[1]).all()
     assert "2 images are listed again" in told(train)
 
+def test_labels_without_an_image_are_told(tmp_path):
+    path = make_set(tmp_path, two())
+    write(tmp_path / "labels/train/ghost.txt", BOX)
+    write(tmp_path / "labels/train/classes.txt", "a")
+    assert "train: 1 files without an image are not read: ghost.txt" in told(load(path)[0])
+
+def test_corners_in_place_of_a_middle_and_a_size_are_told(tmp_path):
+    corners = picture(), "0 .7 .7 .9 .9\n1\n"
+    path = make_set(tmp_path, dict.fromkeys(("a.png", "b.png"), corners))
+    train, _ = load(path)
+    assert "2 of 3 boxes reach outside the image" in told(train)
+
+def test_a_class_that_a_split_lacks_is_told(tmp_path):
+    item = picture(), BOX + "\n1\n"
+    train, _ = load(make_set(tmp_path, {"a.png": item, "b.png": item}, {"v.png": item}))
+    assert "train: no box of b, c" in told(train)
+    assert "val: no image class of x, z" in told(train)
+
 @cases("suffix", ["gif", "tif", "webp"])
 def test_further_frames_are_told(tmp_path, suffix):
     frames = [picture(colour=(k, 0, 0)) for k in (90, 180)]
@@ -1331,7 +1350,7 @@ names: abc                          names: expected
 names:                              names: expected
 names: [a, a, c]                    names: a name is given twice
 nc: 4                               nc: expected 3
-path: [x]                           expected path, train
+path: [x]                           path: expected one path, found
 classification_names: []            classification_names: expected
 kpt_shape: 4                        kpt_shape: expected
 kpt_shape: [4, 5]                   kpt_shape: expected
@@ -1344,11 +1363,11 @@ train: [images/train, 1]            train: .*cannot be read
 classes: no.csv                     classes: 'no.csv' cannot be read
 train: labels                       train: 
 train: []                           train: 
-train: ../images                    train: .*expected an image file below""")
+train: ../images                    train: .*outside""")
 ROWS = table(r"""
-3 .5 .5 .1 .1         expected a box class that is a whole number from 0 to 2
--1 .5 .5 .1 .1        expected a box class that is a whole number from 0 to 2
-0.5 .5 .5 .1 .1       expected a box class that is a whole number from 0 to 2
+3 .5 .5 .1 .1         expected a box class that is a whole number from 0, .*to 2
+-1 .5 .5 .1 .1        expected a box class that is a whole number from 0, .*to 2
+0.5 .5 .5 .1 .1       expected a box class that is a whole number from 0, .*to 2
 0 320 240 50 60       from 0 to 1, not pixels
 0 .5 .5 -.1 .1        from 0 to 1, not pixels
 0 .5 .5 .1 .1 .2 2    from 0 to 1, not pixels
@@ -1366,6 +1385,9 @@ a.png,x\n\ndeep/b.png,y       csv:3: .*0 images
 k.dcm,y                       csv:1: 'k.dcm', 'y': .*of a kind not read: convert
 file,first,second\nb,y,z      csv:2: 'b', 'y,z': a second class
 b,0,1,0                       csv:1: 'b', '0,1,0': expected one of the classes
+/up/a.png,x                   csv:1: .*0 images.*give the name alone
+x,a.png                       csv:1: .*0 images.*file into the first column
+a.png,q                       csv:1: 'a.png', 'q': expected one of the classes
 file,x,y,z\nb,0,1,1           csv:2: 'b', '0,1,1': expected one 1
 file,class\nb,y\ntrain/b,z    csv:3: .*another class stands above
 b,x                           b\.txt: its class row and the table differ""")
@@ -1378,9 +1400,10 @@ for rows, said in TABLES:
     items = two() | {"k.dcm": (b"", None)}
     SETS.append((said, joint_folder(items, classes="c.csv"),
                  put("set/c.csv", rows.replace(r"\n", "\n"))))
-for line in ("../images/s.png", "/etc/hostname", "images/train/no.png", "images/train"):
-    SETS.append((f"train: .*{line}: expected an image file below", joint_folder(train="l.txt"),
-                 put("set/l.txt", f"images/train/a.png\n{line}"), put("images/s.png", "")))
+for line in ("../images/s.png: outside", "/etc/hostname: outside",
+             "images/train/no.png: No such file", "images/train: not a file"):
+    SETS.append((f"train: .*{line}", joint_folder(train="l.txt"),
+                 put("set/l.txt", f"images/train/a.png\n{line.partition(':')[0]}"), put("images/s.png", "")))
 for name, content in (
         ("b.png", b""),
         ("b.bmp", bmp(9800)),  # too large
@@ -1406,11 +1429,11 @@ SETS += [
      put("set/labels/train/b.TXT", ""), put("set/labels/train/b.Txt", "")),
     ("labels/t: cannot be read", joint_folder(val="images/t"), put("set/images/t/v.png", ""),
      link("set/labels/t", "t")),
-    ("train/link: .*no link out of it", joint_folder(), put("else/x.png", ""),
+    ("train/link: outside .*link", joint_folder(), put("else/x.png", ""),
      link("set/images/train/link", "../../../else")),
-    ("s.png: .*no link out of it", joint_folder(), put("secret.png", ""),
+    ("s.png: outside .*link", joint_folder(), put("secret.png", ""),
      link("set/images/train/s.png", "../../../secret.png")),
-    ("l.png: .*no link out of it", joint_folder(), link("set/images/train/l.png", "l.png")),
+    ("l.png: Too many levels", joint_folder(), link("set/images/train/l.png", "l.png")),
     ("a.png: shares .*a.txt with a.jpg; rename", joint_folder(), put("set/images/train/a.jpg", "")),
     ("train: no box, as in .*train/a.txt", joint_folder(pair("1"))),
     ("train: no image class .*--mode detect", joint_folder(pair(BOX))),
@@ -1995,11 +2018,11 @@ def test_names_on_the_plane_do_not_overlap():
     assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # with itself
 
 def test_the_curve_of_fixed_weights_goes_by_their_order():
-    (curve,) = drawn_plane(PLANE).get_legend_handles_labels()[0]
+    curve, *_ = drawn_plane(PLANE).get_legend_handles_labels()[0]
     assert list(curve.get_xdata()) == [-0.031, -0.09, -0.134]  # 0.2, 0.5, and equal: 1
 
 def test_a_plane_without_single_tasks_says_so():
-    assert "no mode was compared with `detect`" in drawn_plane([]).get_title()
+    assert "no mode was compared with detect" in drawn_plane([]).get_title()
 
 def predictions(out, *words):
     """What predictions.json holds after the program ran with these words."""
@@ -2083,7 +2106,9 @@ def test_pixels_of_more_than_8_bits_are_scaled_by_the_checkpoints_range(knowing)
 @cases("words, said", [
     ("", "which network"),
     ("no.pt", "no.pt: no run's .pt"),
-    ("best.pt none.png", "none.png: no readable image"),
+    (".", "a folder; expected the best.pt in it"),
+    ("best.pt none.png", "none.png: no such file or folder"),
+    ("best.pt a.png b.png", "b.png: one argument too many"),
     ("best.pt --out .", "not empty"),
     ("best.pt --epochs 3", "--epochs: the checkpoint has its own")])
 def test_a_mistake_is_a_line_and_exit_code_2(runs, monkeypatch, capsys, words, said):
@@ -2255,7 +2280,7 @@ def test_every_claim_of_the_report_can_be_judged():
 @cases("seeds, most", [(7, 3), (8, 6), (9, 12), (10, 25)])
 def test_the_report_says_how_many_contrasts_the_seeds_can_decide(seeds, most):
     results = {"seeds": [*range(seeds)], "paired": [],
-               "at_chance": [], "made_by": {}}
+               "at_chance": [], "made_by": {}, "modes": {}}
     assert f"at most {most} contrasts" in study.notes(results)
 
 CELLS = "--modes", "detect", "cap", "--seeds", "0", "1"

@@ -142,13 +142,14 @@ def parse_row(fields, num_classes, num_labels, num_points):
     is_soft = num_labels and len(fields) == 5 and set(fields) == {0, 1}
     is_polygon = not num_points and len(fields) > 5 and len(fields) % 2 == 1
     if is_soft or not is_polygon and len(fields) not in (5, 5 + num_points):
-        raise ValueError("expected a box (class xc yc w h), polygon (class x1 y1 …; not where "
-                         f"keypoints are), box and keypoints ({num_points} values by kpt_shape "
-                         f"in data.yaml), or image class (one-hot of {num_labels} or an index; "
-                         "classification_names in data.yaml)")
+        raise ValueError(f"{len(fields)} values; expected a box (5: class xc yc w h), polygon "
+                         f"(class x1 y1 …; not where keypoints are), box and keypoints "
+                         f"({num_points} values by kpt_shape in data.yaml), or image class "
+                         f"(one-hot of {num_labels} or an index; classification_names in "
+                         "data.yaml)")
     if fields[0] not in range(num_classes):
-        raise ValueError("expected a box class that is a whole number from 0 to "
-                         f"{num_classes - 1}")
+        raise ValueError("expected a box class that is a whole number from 0, the first of "
+                         f"names, to {num_classes - 1}")
     values = fields[1:] if is_polygon else fields[1:5]
     if not all(-1e-3 <= v <= 1.001 for v in values):  # beyond 0 and 1: the file's rounding
         raise ValueError("expected fractions of the image from 0 to 1, not pixels; keypoints "
@@ -167,7 +168,7 @@ def parse_numbers(line):
     with contextlib.suppress(ValueError):
         fields = [float(v) for v in line.split()]
     if not line.isascii() or not all(map(math.isfinite, fields)):  # float() reads more scripts
-        raise ValueError("expected numbers, spaces between")
+        raise ValueError("expected numbers such as 0.5, spaces between")
     return fields
 
 
@@ -212,9 +213,10 @@ def take_header(rows, is_file, classes):
     rows: {number of the line: its fields}; `is_file` says whether a text names a file.
     """
     for at, (name, *values) in list(rows.items())[:1]:
-        if not is_file(name):
+        if not is_file(name) and Path(name).suffix.lower() not in SUFFIXES:
             is_one_hot = len(values) > 1 and set(values) <= set(classes)
-            if is_one_hot or "".join(values[:1]) not in classes:
+            is_row = "".join(values[:1]) in classes or any(map(is_file, values))
+            if is_one_hot or not is_row:
                 del rows[at]
             return values if is_one_hot else []
     return []
@@ -564,6 +566,7 @@ class JointFolder:
         self.listing = functools.cache(list_names)
         self.longer = 0  # rows of more than a box, and what kpt_shape each may have
         self.shapes = Counter()
+        self.cut = 0  # boxes that reach outside
         self.spec = self.read_spec()
         self.root = path.parent
         self.root = self.locate("path", self.spec.get("path") or ".")
@@ -652,9 +655,11 @@ class JointFolder:
     def locate(self, key, text):
         """The file or folder that a key of data.yaml names; DataError."""
         if not isinstance(text, str) or not text:
-            keys = ", ".join(self.spec)[:200]
-            raise DataError(f"{self.path}: {key}: missing, or more than a text; expected path, "
-                            f"train, val, names, classification_names; there are {keys}")
+            found = ("missing; expected path, train, val, names, classification_names; there "
+                     f"are {', '.join(self.spec)[:200]}")
+            if text:
+                found = f"expected one path, found {str(text)[:200]}"
+            raise DataError(f"{self.path}: {key}: {found}")
         path = self.look_up(self.root, text)
         if not os.path.exists(path):
             near = lies_near(path, Path(os.path.realpath(self.root)))
@@ -683,12 +688,15 @@ class JointFolder:
             self.note(f"{split}: {len(files) - len(distinct)} images are listed again: each "
                       "counts as often as it is listed")
         for file in distinct:
-            is_file = is_within(file, self.top) and os.path.isfile(file)
-            if not is_file or "images" not in file.parts:
+            if not is_within(file, self.top):
+                self.fault(f"{split}: {file}: outside {self.root}, by its path or a link; copy "
+                           "it in, mend the line, or set path")
+            elif not os.path.isfile(file):
                 near = lies_near(file, self.top) if len(self.faults) < 10 else ""
-                self.fault(f"{split}: {file}: expected an image file below {self.root} and a "
-                           "folder named images, no link out of it; copy it in, mend the line, "
-                           f"or set path{near}")
+                self.fault(f"{split}: {file}: {why_not(file)}; mend the line, or set path{near}")
+            elif "images" not in file.parts:
+                self.fault(f"{split}: {file}: expected below a folder named images, so that "
+                           "its label file lies below one named labels; move it")
         if not files:
             kinds = " ".join(SUFFIXES)
             told = "".join(f"; {note}" for note in self.notes)
@@ -742,11 +750,15 @@ class JointFolder:
             name = row[0]
             where = f"{path}:{at}: {name[:60]!r}, {','.join(row[1:])[:60]!r}"
             images = find(name)
-            remedy = "mend the name, or delete the row"
+            remedy = "mend the name, delete the row, or give its images as test"
             if images:
                 remedy = "give its folder too"
             elif find_unread(name):
                 remedy = "its file is there, of a kind not read: convert it"
+            elif find(re.split(r"[/\\]", name)[-1]):
+                remedy = "give the name alone: it is not in this folder"
+            elif any(map(find, row[1:])):
+                remedy = "put the file into the first column, the class into the second"
             said = f"{len(images)} images are named so; expected one; {remedy}"
             if not images and not self.is_whole:
                 self.odd.append(f"{where}: {said}")
@@ -787,7 +799,9 @@ class JointFolder:
         low = (boxes[:, 1:3] - boxes[:, 3:] / 2).clip(0, 1)  # (n, 2) x1 y1
         high = (boxes[:, 1:3] + boxes[:, 3:] / 2).clip(0, 1)  # (n, 2) x2 y2
         inside = np.concatenate([boxes[:, :1], (low + high) / 2, high - low], 1)
-        if np.abs(inside - boxes).max(initial=0) > 1e-3:  # below that: the file's rounding
+        cut = np.abs(inside - boxes).max(1, initial=0) > 1e-3  # below that: the file's rounding
+        self.cut += cut.sum()
+        if cut.any():
             self.odd.append(f"{where}: a box that reaches outside the image is cut")
         kept = np.unique(inside[(inside[:, 3:] > 0).all(1)], axis=0)  # sorts the rows
         if len(kept) < len(inside):
@@ -839,21 +853,49 @@ class JointFolder:
         return Split(np.empty(0), boxes, labels, self.names, self.labels, files, self.notes,
                      digest.hexdigest()[:16], None)
 
+    def note_orphans(self):
+        """A note for each folder of labels that has some for which there is no image."""
+        folders = {path.parent: file.parent for path, file in self.owners.items()}
+        for labels, images in folders.items():
+            with contextlib.suppress(DataError):  # a folder that may be entered, not listed
+                stems = {fold(path.stem) for path in sum(self.listing(images).values(), [])}
+                there = sum(self.listing(labels).values(), [])
+                orphans = sorted(path.name for path in there if path.suffix == ".txt"
+                                 and fold(path.stem) not in stems | {"classes"})
+                if orphans:
+                    self.notes.append(f"{labels}: {len(orphans)} files without an image are "
+                                      f"not read: {', '.join(orphans)[:200]}")
+
     def check(self, train, val, tasks):
         """A task without anything to learn is a fault, one without anything to score a note."""
-        for task, what, remedy, count in (
-                ("det", "box", "--mode classify", lambda s: sum(map(len, s.boxes))),
+        for task, what, remedy, names, classes in (
+                ("det", "box", "--mode classify", self.names,
+                 lambda split: np.concatenate(split.boxes)[:, 0]),
                 ("cls", "image class (a row each or a table, and classification_names)",
-                 "--mode detect", lambda s: sum(k is not None for k in s.labels))):
-            if task in tasks and not count(train):
+                 "--mode detect", self.labels,
+                 lambda split: [k for k in split.labels if k is not None])):
+            if task not in tasks:
+                continue
+            learnt = {int(k) for k in classes(train)}
+            scored = {int(k) for k in classes(val)}
+            if not learnt:
                 first = label_path(train.paths[0])
-                self.fault(f"train: no {what}, as in {first}; add them, or use {remedy}")
-            if task in tasks and not count(val):
+                near = "" if os.path.exists(first) else lies_near(first, self.top)
+                self.fault(f"train: no {what}, as in {first}; add them, or use {remedy}{near}")
+            if not scored:
                 self.note(f"val: no {what}: it has no score")
+            for split, found in (("train", learnt), ("val", scored)):
+                absent = [name for k, name in enumerate(names) if k not in found]
+                if found and absent:
+                    self.note(f"{split}: no {what.partition(' (')[0]} of {', '.join(absent)}")
         if len(train.paths) < 2:
             self.fault("train: one image; expected two or more")
         if set(map(os.path.realpath, train.paths)) & set(map(os.path.realpath, val.paths)):
             self.note("train and val share images: no test on new ones")
+        total = sum(map(len, train.boxes + val.boxes))
+        if self.cut > total / 4:
+            self.note(f"{self.cut} of {total} boxes reach outside the image: are the rows class "
+                      "xc yc w h, the middle first, not corners?")
         for (number, width), count in self.shapes.most_common(1):
             if not self.points and count > 0.9 * self.longer:  # a point may lie outside its box
                 self.note("rows read as polygons are of one length, with points in the box of "
@@ -925,6 +967,7 @@ def read_joint(path, imgsz, tasks, cache_mb, folder):
     splits = [reader.read_labels(paths, table, names) for paths in files]
     reader.raise_faults()
     reader.check(*splits, tasks)
+    reader.note_orphans()
     reader.raise_faults()
     levels = reader.find_levels(sorted({*files[0], *files[1]}))
     squares = [new_pixels((len(paths), imgsz, imgsz, 3), cache_mb, folder) for paths in files]
