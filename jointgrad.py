@@ -295,7 +295,7 @@ def cap(gram, share):
     a_1 = 1, a_i = min(1, share |g_1| / |g_i|): it only ever reduces (2203.06801, strategy A).
     """
     norms = gram.diagonal().sqrt()  # (T,)
-    a = (share * norms[0] / norms).clamp(max=1)
+    a = (share * norms[0] / norms).nan_to_num(1).clamp(max=1)  # 0 / 0: nothing to cap
     a[0] = 1
     return a
 
@@ -1877,7 +1877,8 @@ def parse(parser, argv):
     args, unknown = parser.parse_known_args(words)
     if unknown:
         hint = did_you_mean(unknown[0].lstrip("-").partition("=")[0], vars(args))
-        raise UserError(f"{unknown[0]}: no such option{hint}; --help lists all")
+        what = f"no such option{hint}" if unknown[0].startswith("-") else "one argument too many"
+        raise UserError(f"{unknown[0]}: {what}; --help lists all")
     given = {key: getattr(args, key) for key in key_comments() if key != "mode"}
     return args, {key: value for key, value in given.items() if value is not None}
 
@@ -1907,10 +1908,10 @@ def start_torch(config):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 def epoch_line(run):
-    """The last epoch: mean loss and weight of each task, and the metrics if there are any."""
+    """The last epoch: each task's mean loss, and w or a surgery's a; the metrics if any."""
     rows = [row for row in run.rows if row["epoch"] == run.epoch - 1]
     told = {key: np.mean([row[key] for row in rows]) for key in rows[0]
-            if key.startswith(("L/", "w/"))}
+            if key.startswith(("L/", "a/" if run.surgery else "w/"))}
     told |= {key: x for key, x in rows[-1].get("val", {}).items() if isinstance(x, float)}
     texts = [f"{key} {x:.3f}" for key, x in told.items()]
     return f"epoch {run.epoch}/{run.config.epochs}: {', '.join(texts)}"
@@ -1920,7 +1921,7 @@ def print_header(run, dataset, notes):
     config = run.config
     images = dataset["train"]["images"]
     if config.batch_size > images:
-        notes.append(f"batch_size {config.batch_size}: one step an epoch, of {images} images")
+        notes.append(f"batch_size {config.batch_size}: one step an epoch, of {images} images; lower it")
     for note in notes[:10]:
         print(f"warning: {note}", file=sys.stderr)
     if len(notes) > 10:

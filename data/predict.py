@@ -119,8 +119,12 @@ def predict(predictor, source, out):
         except joint.DataError as error:
             tqdm.write(f"warning: {error}; skipped", sys.stderr)
             continue
-        if isinstance(item, Path) and joint.look_at(item)[0] > 1:
+        frames, deep = joint.look_at(item) if isinstance(item, Path) else (1, [])
+        if frames > 1:
             tqdm.write(f"warning: {name}: several frames: the first is read", sys.stderr)
+        if deep and not predictor.levels:
+            tqdm.write(f"warning: {name}: more than 8 bits, of which this network has seen "
+                       "none: its own least and greatest become 0 and 255", sys.stderr)
         found = predictor(image)
         try:
             draw(predictor, image, found, out / picture)
@@ -138,6 +142,11 @@ def job(args, settings):
     """Predicts into a new folder; a mistake is told before it is made."""
     if not args.checkpoint:
         raise jg.UserError("which network? Expected a run's best.pt, then an image or a folder")
+    if args.checkpoint.is_dir():
+        raise jg.UserError(f"{args.checkpoint}: a folder; expected the best.pt in it")
+    if args.source and not args.source.exists():
+        raise jg.UserError(f"{args.source}: no such file or folder; expected an image, or a "
+                           "folder of images")
     unused = [*settings.keys() - SETTINGS]
     if unused or args.config != jg.ROOT / "config.yaml":
         raise jg.UserError(f"--{', --'.join(unused) or 'config'}: the checkpoint has its own; "
