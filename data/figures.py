@@ -178,7 +178,7 @@ def draw_confusion(ax, confusion, names):
     shown = class_names(names, 16)[::step]
     ax.set_xticks(ticks, shown, fontsize=size, rotation=90 if count > 3 else 0)
     ax.set_yticks(ticks, shown, fontsize=size)
-    ax.set(title="Validation images by class", xlabel="guess", ylabel="class")
+    ax.set(title="Validation images by class", xlabel="predicted", ylabel="class")
     ax.grid(False)
 
 @styled
@@ -206,7 +206,7 @@ def draw_run(rows, tasks, title, classification_names):
     scores.set(title="Validation", xlabel="step", xlim=(0, steps[-1] + 1), ylim=(0, 1))
     if "cls" in tasks:
         draw_confusion(axes[-1], rows[-1]["val"]["confusion"], classification_names)
-    fig.suptitle(f"{legible(title)} (curves but of w: means of 11 steps)")
+    fig.suptitle(f"{legible(title)} (training curves, w aside: means of 11 steps)")
     return fig
 
 # ----------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def draw_run(rows, tasks, title, classification_names):
 # ----------------------------------------------------------------------------------------------
 
 REACH = 0.3  # a mode that loses more stands at the plane's edge: it has not learnt a task
-LEVEL = 0.02  # a difference within it is small
+LEVEL = 0.02  # a loss within it is small
 
 def place_names(ax, names):
     """Writes each (x, y, text, colour) near its point, where it covers the least."""
@@ -287,14 +287,14 @@ def mark_edge(ax, at):
 def draw_plane(results):
     """What each joint mode loses or gains against the single tasks, with its 95 % intervals.
 
-    Zoomed to the modes that learn both tasks; the others are named at the edge. A line joins
-    the fixed weights (1, x) in the order of x.
+    Zoomed to the modes that learn both tasks; the others are named at the edge. Open: a mode
+    with settings of its own. A line joins the fixed weights (1, x) in the order of x.
     """
     fig, (ax,) = panels(1, 8, 5.6)
     pairs = find_pairs(results["paired"])
     at = {label: [row["delta"] for row in pair] for label, pair in pairs.items()}
     inside = [label for label in at if min(at[label]) >= -REACH]
-    names = [(0, 0, "each task alone", "black")]
+    names = [(0, 0, "alone", "black")]
     ax.plot(0, 0, "*", c="gold", mec="black", ms=16)
     for label in inside:
         x_half, y_half = (np.ptp(row["ci95"] or [0]) / 2 for row in pairs[label])
@@ -308,14 +308,14 @@ def draw_plane(results):
     if len(curve) > 1:
         _, x, y = zip(*curve)
         ax.plot(x, y, ":", c=COLOURS["fixed"], label="fixed weights (1, x)")
-        ax.legend(loc="lower left")
-    ax.axvspan(-LEVEL, LEVEL, color="0.94")
-    ax.axhspan(-LEVEL, LEVEL, color="0.94")
-    title = "Both tasks together, less each alone. Grey: within 0.02. Bars: 95 % intervals."
+    ax.autoscale(False)
+    ax.fill_between([-LEVEL, 1], -LEVEL, 1, color="0.93", label=f"at most {LEVEL:g} lost on either")
+    ax.legend(loc="lower left")
+    title = "Trained together minus trained alone, with 95 % intervals over seeds"
     if not at:
-        title = "Nothing to show: no mode was compared with `detect` and with `classify`."
-    ax.set(title=title, xlabel="Detection: mAP50-95, less that of `detect`",
-           ylabel="Classification: balanced accuracy, less that of `classify`")
+        title = "Nothing to show: no mode was compared with detect and with classify."
+    ax.set(title=title, xlabel="Detection: mAP50-95, minus that of detect alone",
+           ylabel="Classification: balanced accuracy, minus that of classify alone")
     place_names(ax, names)
     return fig
 
@@ -376,7 +376,7 @@ def draw_trajectories(results):
     axes[1].set_ylim(0, 1)
     if len(axes) > 2:
         handles, texts = axes[2].get_legend_handles_labels()
-        once = dict(zip(texts, handles))  # each task, however many runs of GradNorm
+        once = dict(zip(texts[::-1], handles[::-1]))  # each task, however many modes: the first
         axes[2].legend(once.values(), once.keys())
     fig.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
     return fig

@@ -433,17 +433,18 @@ def judge(claims, table):
 # 5. Report: results -> Markdown
 # --------------------------------------------------------------------------------------------------
 
-MAIN = ("mode", "mAP50", "mAP50-95", "balanced accuracy", "detection less detect",
-        "classification less classify", "delta_m, %", "step CPU time / equal", "FLOPs an image")
+MAIN = ("mode", "mAP50", "mAP50-95", "balanced accuracy", "detection minus detect",
+        "classification minus classify", "delta_m, %", "step CPU time / equal", "FLOPs an image")
 INTERFERENCE = ("cosine_mean", "conflict_share", "magnitude_similarity", "gradient_share_det",
                 "w_det", "w_cls", "r_gap")
 STABILITY = ("steps_to_90 mAP50-95", "steps_to_90 balanced_accuracy",
              "largest_fall mAP50-95", "largest_fall balanced_accuracy")
 
-LEGEND = """Means over seeds [95 % interval]. Lower, higher: decided. Within 0.02 (2 %): the
-whole interval is. Level: it is, and nothing is decided. The detector of dual is that of detect
-but for its first weights: its difference is noise. Its rival on delta_m is the shared trunk
-whose mean is best here, which favours the rival.
+LEGEND = """Means over seeds [95 % interval]. Lower, higher: decided, Holm's p is below 0.05.
+Level: not decided, and the whole interval lies within 0.02 (delta_m: 2 %); "within 0.02" says
+so of a decided one. Undecided: neither. The detector of dual is that of detect but for its first
+weights: its difference is noise. Its rival on delta_m is the shared trunk whose mean is best
+here, which favours the rival.
 """
 
 def estimate(row, key):
@@ -491,11 +492,17 @@ def notes(results):
     """What a reader of the tables must know, a sentence a line."""
     n = len(results["seeds"])
     tested = sum(row["p"] is not None for row in results["paired"])
-    lines = [f"{n} seeds: the least p is 2 / 2^{n}, so at most {2**n // 40} contrasts of a "
-             f"family can be decided (Holm, 0.05); this one has {tested}."]
+    lines = [f"{n} seed{'s' * (n > 1)}: the least p is 2 / 2^{n}, so at most {2**n // 40} "
+             f"contrasts of a family can be decided (Holm, 0.05); this one has {tested}."]
     if results["at_chance"]:
         lines.append("At chance, so without a verdict on classification and delta_m: "
                      f"{', '.join(results['at_chance'])}.")
+    gains = {label: q["delta_m"]["mean"] for label, q in results["modes"].items()
+             if "delta_m" in q and label not in results["at_chance"]}
+    if gains:
+        best = max(gains, key=gains.get)
+        lines.append(f"Best mean gain: {best}, {jg.cell_text(gains[best])} %; better than "
+                     "another only where a row below says so.")
     if not SINGLES.keys() <= {row["metric"] for row in results["paired"]}:
         lines.append("The plane of differences is empty: it needs detect and classify.")
     for kind, found in results["made_by"].items():
@@ -599,6 +606,8 @@ def compare(args, settings):
     config = jg.clean(asdict(jg.load_config(args.config, settings)))
     swept = [sweep.partition("=")[0] for sweep in args.sweep]
     plan = Plan(make_labels(args.modes, args.sweep), args.seeds, config, swept)
+    if len(args.seeds) < 6:
+        say(f"{len(args.seeds)} seeds show a direction; to decide anything takes six or more")
     data = Path(config["data"])
     name = f"compare-{data.parent.name or data.stem}"
     carry_out(plan, pick_folder(plan, args.out, name), args)
