@@ -2008,7 +2008,7 @@ def test_the_plane_is_zoomed_and_names_at_its_edge_what_lies_beyond():
     assert ax.get_xlim()[0] > -0.2
     assert ax.get_ylim()[0] > -0.1
     texts = {text.get_text() for text in ax.texts}
-    assert {"fixed: -0.55", "uncertainty: -0.37"} < texts
+    assert {"fixed: classification -0.55", "uncertainty: detection -0.37"} < texts
 
 def test_names_on_the_plane_do_not_overlap():
     ax = drawn_plane(PLANE)

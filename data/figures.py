@@ -278,7 +278,8 @@ def mark_edge(ax, at):
         places = [np.clip(xy, low, high) for xy in beyond.values()]
         for label, place in zip(beyond, places):
             ax.plot(*place, marker, c=colour_of(label), ms=8, clip_on=False)
-        lines = [f"{name_of(label)}: {xy[side]:+.2f}" for label, xy in beyond.items()]
+        task = ("detection", "classification")[side]
+        lines = [f"{name_of(label)}: {task} {xy[side]:+.2f}" for label, xy in beyond.items()]
         if lines:
             names.append((*np.mean(places, 0), "\n".join(lines), "0.3"))
     return names
@@ -309,6 +310,8 @@ def draw_plane(results):
         _, x, y = zip(*curve)
         ax.plot(x, y, ":", c=COLOURS["fixed"], label="fixed weights (1, x)")
     ax.autoscale(False)
+    if any(":" in label for label in inside):
+        ax.plot([], [], "o", c="0.3", mfc="white", label="open: not the shipped setting")
     ax.fill_between([-LEVEL, 1], -LEVEL, 1, color="0.93", label=f"at most {LEVEL:g} lost on either")
     ax.legend(loc="lower left")
     title = "Trained together minus trained alone, with 95 % intervals over seeds"
