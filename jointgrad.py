@@ -1877,7 +1877,8 @@ def parse(parser, argv):
     args, unknown = parser.parse_known_args(words)
     if unknown:
         hint = did_you_mean(unknown[0].lstrip("-").partition("=")[0], vars(args))
-        what = f"no such option{hint}" if unknown[0].startswith("-") else "one argument too many"
+        is_option = hint or unknown[0].startswith("-")
+        what = f"no such option{hint}" if is_option else "one argument too many"
         raise UserError(f"{unknown[0]}: {what}; --help lists all")
     given = {key: getattr(args, key) for key in key_comments() if key != "mode"}
     return args, {key: value for key, value in given.items() if value is not None}
@@ -1921,7 +1922,8 @@ def print_header(run, dataset, notes):
     config = run.config
     images = dataset["train"]["images"]
     if config.batch_size > images:
-        notes.append(f"batch_size {config.batch_size}: one step an epoch, of {images} images; lower it")
+        notes.append(f"batch_size {config.batch_size}: one step an epoch, of {images} images; "
+                     "lower it")
     for note in notes[:10]:
         print(f"warning: {note}", file=sys.stderr)
     if len(notes) > 10:

@@ -226,6 +226,7 @@ def place_names(ax, names):
     paths = [ax.transData.transform_path(path) for path in paths]
     points = ax.transData.transform([name[:2] for name in names])
     taken = [Bbox.from_extents(*point - 6, *point + 6) for point in points]
+    taken += [part.get_window_extent() for part in [ax.get_legend()] if part]
     for point, (*xy, text, colour) in zip(points, names):
         leader = {"arrowstyle": "-", "color": colour, "shrinkB": 6}
         name = ax.annotate(text, xy, (0, 0), textcoords="offset points", color=colour,
@@ -312,7 +313,8 @@ def draw_plane(results):
     ax.autoscale(False)
     if any(":" in label for label in inside):
         ax.plot([], [], "o", c="0.3", mfc="white", label="open: not the shipped setting")
-    ax.fill_between([-LEVEL, 1], -LEVEL, 1, color="0.93", label=f"at most {LEVEL:g} lost on either")
+    ax.fill_between([-LEVEL, 1], -LEVEL, 1, color="0.93",
+                    label=f"at most {LEVEL:g} lost on either")
     ax.legend(loc="lower left")
     title = "Trained together minus trained alone, with 95 % intervals over seeds"
     if not at:
@@ -379,7 +381,9 @@ def draw_trajectories(results):
     axes[1].set_ylim(0, 1)
     if len(axes) > 2:
         handles, texts = axes[2].get_legend_handles_labels()
-        once = dict(zip(texts[::-1], handles[::-1]))  # each task, however many modes: the first
+        once = {}  # each task, however many modes: the first
+        for text, handle in zip(texts, handles):
+            once.setdefault(text, handle)
         axes[2].legend(once.values(), once.keys())
     fig.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
     return fig

@@ -19,6 +19,7 @@ import csv
 import difflib
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -138,10 +139,10 @@ def parse_row(fields, num_classes, num_labels, num_points):
         return fields.index(1)
     if len(fields) == 1 and fields[0] in range(num_labels):
         return int(fields[0])
-    # No box has a corner as its centre.
-    is_soft = num_labels and len(fields) == 5 and set(fields) == {0, 1}
+    if num_labels and len(fields) == 5 and set(fields) == {0, 1}:
+        raise ValueError("neither a box, which has no corner as its middle, nor one-hot")
     is_polygon = not num_points and len(fields) > 5 and len(fields) % 2 == 1
-    if is_soft or not is_polygon and len(fields) not in (5, 5 + num_points):
+    if not is_polygon and len(fields) not in (5, 5 + num_points):
         raise ValueError(f"{len(fields)} values; expected a box (5: class xc yc w h), polygon "
                          f"(class x1 y1 …; not where keypoints are), box and keypoints "
                          f"({num_points} values by kpt_shape in data.yaml), or image class "
@@ -207,15 +208,20 @@ def split_rows(lines, is_file):
         1 for row in rows if row[1:] and is_file(row[0])))
 
 
+def is_image(name):
+    """Has a path or text the suffix of an image?"""
+    return Path(name).suffix.lower() in SUFFIXES
+
+
 def take_header(rows, is_file, classes):
     """The classes that a table's columns stand for; a header is taken out of its rows.
 
     rows: {number of the line: its fields}; `is_file` says whether a text names a file.
     """
     for at, (name, *values) in list(rows.items())[:1]:
-        if not is_file(name) and Path(name).suffix.lower() not in SUFFIXES:
+        if not is_file(name) and not is_image(name):
             is_one_hot = len(values) > 1 and set(values) <= set(classes)
-            is_row = "".join(values[:1]) in classes or any(map(is_file, values))
+            is_row = "".join(values[:1]) in classes or any(map(is_image, values))
             if is_one_hot or not is_row:
                 del rows[at]
             return values if is_one_hot else []
@@ -566,7 +572,7 @@ class JointFolder:
         self.listing = functools.cache(list_names)
         self.longer = 0  # rows of more than a box, and what kpt_shape each may have
         self.shapes = Counter()
-        self.cut = 0  # boxes that reach outside
+        self.cut = Counter()  # of boxes: does it reach outside?
         self.spec = self.read_spec()
         self.root = path.parent
         self.root = self.locate("path", self.spec.get("path") or ".")
@@ -655,10 +661,10 @@ class JointFolder:
     def locate(self, key, text):
         """The file or folder that a key of data.yaml names; DataError."""
         if not isinstance(text, str) or not text:
-            found = ("missing; expected path, train, val, names, classification_names; there "
-                     f"are {', '.join(self.spec)[:200]}")
+            found = ("empty or missing; expected path, train, val, names, "
+                     f"classification_names; there are {', '.join(self.spec)[:200]}")
             if text:
-                found = f"expected one path, found {str(text)[:200]}"
+                found = f"expected a path, found {str(text)[:200]}"
             raise DataError(f"{self.path}: {key}: {found}")
         path = self.look_up(self.root, text)
         if not os.path.exists(path):
@@ -691,9 +697,12 @@ class JointFolder:
             if not is_within(file, self.top):
                 self.fault(f"{split}: {file}: outside {self.root}, by its path or a link; copy "
                            "it in, mend the line, or set path")
+            elif os.path.islink(file) and not os.path.isfile(file):
+                self.fault(f"{split}: {file}: a link to nothing; fetch its file, or delete it")
             elif not os.path.isfile(file):
                 near = lies_near(file, self.top) if len(self.faults) < 10 else ""
-                self.fault(f"{split}: {file}: {why_not(file)}; mend the line, or set path{near}")
+                self.fault(f"{split}: {file}: {why_not(file)}; mend the line, or set "
+                           f"path{near}")
             elif "images" not in file.parts:
                 self.fault(f"{split}: {file}: expected below a folder named images, so that "
                            "its label file lies below one named labels; move it")
@@ -755,9 +764,9 @@ class JointFolder:
                 remedy = "give its folder too"
             elif find_unread(name):
                 remedy = "its file is there, of a kind not read: convert it"
-            elif find(re.split(r"[/\\]", name)[-1]):
+            elif len(find(re.split(r"[/\\]", name)[-1])) == 1:
                 remedy = "give the name alone: it is not in this folder"
-            elif any(map(find, row[1:])):
+            elif any(is_image(value) and find(value) for value in row[1:]):
                 remedy = "put the file into the first column, the class into the second"
             said = f"{len(images)} images are named so; expected one; {remedy}"
             if not images and not self.is_whole:
@@ -800,7 +809,7 @@ class JointFolder:
         high = (boxes[:, 1:3] + boxes[:, 3:] / 2).clip(0, 1)  # (n, 2) x2 y2
         inside = np.concatenate([boxes[:, :1], (low + high) / 2, high - low], 1)
         cut = np.abs(inside - boxes).max(1, initial=0) > 1e-3  # below that: the file's rounding
-        self.cut += cut.sum()
+        self.cut.update(cut.tolist())
         if cut.any():
             self.odd.append(f"{where}: a box that reaches outside the image is cut")
         kept = np.unique(inside[(inside[:, 3:] > 0).all(1)], axis=0)  # sorts the rows
@@ -854,20 +863,26 @@ class JointFolder:
                      digest.hexdigest()[:16], None)
 
     def note_orphans(self):
-        """A note for each folder of labels that has some for which there is no image."""
+        """A note on label files, beside those that were read, for which there is no image."""
+        orphans = []
         folders = {path.parent: file.parent for path, file in self.owners.items()}
         for labels, images in folders.items():
             with contextlib.suppress(DataError):  # a folder that may be entered, not listed
-                stems = {fold(path.stem) for path in sum(self.listing(images).values(), [])}
-                there = sum(self.listing(labels).values(), [])
-                orphans = sorted(path.name for path in there if path.suffix == ".txt"
-                                 and fold(path.stem) not in stems | {"classes"})
-                if orphans:
-                    self.notes.append(f"{labels}: {len(orphans)} files without an image are "
-                                      f"not read: {', '.join(orphans)[:200]}")
+                of_images = itertools.chain(*self.listing(images).values())
+                stems = {fold(path.stem) for path in of_images} | {"classes"}
+                for path in itertools.chain(*self.listing(labels).values()):
+                    is_label = path.suffix == ".txt" and not is_hidden(path.name)
+                    if is_label and path not in self.owners and fold(path.stem) not in stems:
+                        orphans.append(f"{path.parent.name}/{path.name}")
+        if orphans:
+            self.note(f"{len(orphans)} label files without an image are not read: "
+                      f"{', '.join(sorted(orphans))[:200]}")
 
     def check(self, train, val, tasks):
-        """A task without anything to learn is a fault, one without anything to score a note."""
+        """A task without anything to learn is a fault.
+
+        A task or class without anything to score is a note, and what looks like another format.
+        """
         for task, what, remedy, names, classes in (
                 ("det", "box", "--mode classify", self.names,
                  lambda split: np.concatenate(split.boxes)[:, 0]),
@@ -887,15 +902,15 @@ class JointFolder:
             for split, found in (("train", learnt), ("val", scored)):
                 absent = [name for k, name in enumerate(names) if k not in found]
                 if found and absent:
-                    self.note(f"{split}: no {what.partition(' (')[0]} of {', '.join(absent)}")
+                    self.note(f"{split}: no {what.partition(' (')[0]} of {len(absent)} of the "
+                              f"{len(names)} classes: {', '.join(absent)[:200]}")
         if len(train.paths) < 2:
             self.fault("train: one image; expected two or more")
         if set(map(os.path.realpath, train.paths)) & set(map(os.path.realpath, val.paths)):
             self.note("train and val share images: no test on new ones")
-        total = sum(map(len, train.boxes + val.boxes))
-        if self.cut > total / 4:
-            self.note(f"{self.cut} of {total} boxes reach outside the image: are the rows class "
-                      "xc yc w h, the middle first, not corners?")
+        if "det" in tasks and self.cut[True] > self.cut.total() / 4:
+            self.note(f"{self.cut[True]} of {self.cut.total()} boxes reach outside the image: "
+                      "are the rows class xc yc w h, the middle first, not corners?")
         for (number, width), count in self.shapes.most_common(1):
             if not self.points and count > 0.9 * self.longer:  # a point may lie outside its box
                 self.note("rows read as polygons are of one length, with points in the box of "

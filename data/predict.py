@@ -122,9 +122,9 @@ def predict(predictor, source, out):
         frames, deep = joint.look_at(item) if isinstance(item, Path) else (1, [])
         if frames > 1:
             tqdm.write(f"warning: {name}: several frames: the first is read", sys.stderr)
-        if deep and not predictor.levels:
-            tqdm.write(f"warning: {name}: more than 8 bits, of which this network has seen "
-                       "none: its own least and greatest become 0 and 255", sys.stderr)
+        if deep and not predictor.levels and not images:
+            tqdm.write(f"warning: {name}: more than 8 bits, unlike what this network learnt "
+                       "from: each such image is scaled by its own range", sys.stderr)
         found = predictor(image)
         try:
             draw(predictor, image, found, out / picture)
@@ -143,7 +143,8 @@ def job(args, settings):
     if not args.checkpoint:
         raise jg.UserError("which network? Expected a run's best.pt, then an image or a folder")
     if args.checkpoint.is_dir():
-        raise jg.UserError(f"{args.checkpoint}: a folder; expected the best.pt in it")
+        raise jg.UserError(f"{args.checkpoint}: a folder; expected the best.pt of a run, then "
+                           "images")
     if args.source and not args.source.exists():
         raise jg.UserError(f"{args.source}: no such file or folder; expected an image, or a "
                            "folder of images")

@@ -96,9 +96,9 @@ def make_labels(modes, sweeps):
 
 def place_of(label, swept):
     """Where a label stands in the picture of a sweep: its line and the value on the axis."""
-    parts = label.split(":")
+    mode, *parts = label.split(":")
     at = [part for part in parts if part.partition("=")[0] in swept]
-    line = ":".join(part for part in parts if part not in at)
+    line = ":".join([mode, *(part for part in parts if part not in at)])
     value = ", ".join(part.partition("=")[2] for part in at) or None
     return {"mode": line, "value": value, "label": label}
 
@@ -499,9 +499,10 @@ def notes(results):
                      f"{', '.join(results['at_chance'])}.")
     gains = {label: q["delta_m"]["mean"] for label, q in results["modes"].items()
              if "delta_m" in q and label not in results["at_chance"]}
-    if gains:
-        best = max(gains, key=gains.get)
-        lines.append(f"Best mean gain: {best}, {jg.cell_text(gains[best])} %; better than "
+    known = {label: gain for label, gain in gains.items() if gain is not None}
+    if known:  # of a single task that scores 0 there is no gain
+        best = max(known, key=known.get)
+        lines.append(f"Largest delta_m: {best}, {jg.cell_text(known[best])} %; better than "
                      "another only where a row below says so.")
     if not SINGLES.keys() <= {row["metric"] for row in results["paired"]}:
         lines.append("The plane of differences is empty: it needs detect and classify.")
@@ -606,8 +607,8 @@ def compare(args, settings):
     config = jg.clean(asdict(jg.load_config(args.config, settings)))
     swept = [sweep.partition("=")[0] for sweep in args.sweep]
     plan = Plan(make_labels(args.modes, args.sweep), args.seeds, config, swept)
-    if len(args.seeds) < 6:
-        say(f"{len(args.seeds)} seeds show a direction; to decide anything takes six or more")
+    count = len(args.seeds)
+    say(f"--seeds: {count} can decide at most {2**count // 40} contrasts; all show a direction")
     data = Path(config["data"])
     name = f"compare-{data.parent.name or data.stem}"
     carry_out(plan, pick_folder(plan, args.out, name), args)
