@@ -39,7 +39,7 @@ budget() { compare budget --epochs 108 --seeds 0 1 2 --modes $SHARED; }
 width() { compare width --width_multiple 0.25 --seeds 0 1 2 --modes $SHARED; }
 dominance() { compare dominance --sweep dominance=0,0.5 --seeds 0 1 2 --modes $SHARED fixed; }
 
-curve() {  # 0.4 hours: fixed weights on the seeds of the main comparison
+curve() {  # 1 hour, not recorded yet: fixed weights on the seeds of the main comparison
   compare curve --seeds $FRESH --modes detect classify equal cap gradnorm gradnorm:alpha=3 fixed:initial_weights=1,0.03 \
     fixed:initial_weights=1,0.1 fixed:initial_weights=1,0.2 fixed:initial_weights=1,0.3 fixed:initial_weights=1,0.5
 }
