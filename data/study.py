@@ -595,7 +595,7 @@ def publish(out, results):
     jg.write_atomic(out / "compare.md", report(results))
     kind = "draw_sweep" if results["sweep"] else "draw_plane"
     jg.draw(out / "figure.png", kind, results)
-    if results["trajectories"]:
+    if results["trajectories"] and not results["sweep"]:  # over a sweep a line stands for many
         jg.draw(out / "trajectories.png", "draw_trajectories", results)
     print(f"{report(results)}\nwritten to {out}/: {', '.join(sorted(os.listdir(out)))}")
     return results
