@@ -1584,6 +1584,8 @@ def new_folder(out, name):
 
 def load_checkpoint(path, *keys):
     """The mapping in a file of torch's, read without running its code; it must have `keys`."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; expected the best.pt of a run")
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # on foreign bytes torch.load raises a dozen types, all alike

@@ -1366,9 +1366,9 @@ train: labels                       train:
 train: []                           train: 
 train: ../images                    train: .*outside""")
 ROWS = table(r"""
-3 .5 .5 .1 .1         expected a box class that is a whole number from 0, .*to 2
--1 .5 .5 .1 .1        expected a box class that is a whole number from 0, .*to 2
-0.5 .5 .5 .1 .1       expected a box class that is a whole number from 0, .*to 2
+3 .5 .5 .1 .1         expected a box class that is a whole number from 0, the first of names, to 2
+-1 .5 .5 .1 .1        expected a box class that is a whole number from 0, the first of names, to 2
+0.5 .5 .5 .1 .1       expected a box class that is a whole number from 0, the first of names, to 2
 0 320 240 50 60       from 0 to 1, not pixels
 0 .5 .5 -.1 .1        from 0 to 1, not pixels
 0 .5 .5 .1 .1 .2 2    from 0 to 1, not pixels

@@ -89,6 +89,11 @@ def fold(name):
     return unicodedata.normalize("NFC", name).casefold()
 
 
+def is_image(name):
+    """Has a path or text the suffix of an image?"""
+    return Path(name).suffix.lower() in SUFFIXES
+
+
 def is_hidden(name):
     return name.startswith(".") or name.lower() in SYSTEM
 
@@ -206,11 +211,6 @@ def split_rows(lines, is_file):
         readings.append(rows)
     return max(readings, key=lambda rows: sum(
         1 for row in rows if row[1:] and is_file(row[0])))
-
-
-def is_image(name):
-    """Has a path or text the suffix of an image?"""
-    return Path(name).suffix.lower() in SUFFIXES
 
 
 def take_header(rows, is_file, classes):
@@ -497,7 +497,7 @@ def list_files(folder, top):
                 continue
             for path in sorted(here / name for name in names):
                 is_folder = os.path.isdir(path)
-                known = is_folder or path.suffix.lower() in SUFFIXES
+                known = is_folder or is_image(path)
                 if is_hidden(path.name):
                     hidden += [path.name] if known else []
                 elif is_folder:  # those that links lead to last: a file has its own path first
@@ -540,7 +540,7 @@ def finder(files):
     def find(text):
         path = Path(text.replace("\\", "/"))
         folders = path.parent.parts
-        stem = path.stem if path.suffix.lower() in SUFFIXES else path.name
+        stem = path.stem if is_image(path) else path.name
         for last in (path.name, f"{path.name}.*", f"{stem}.*"):
             found = [file for parts, file in table[last]
                      if parts[len(parts) - len(folders):] == folders]

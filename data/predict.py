@@ -142,9 +142,6 @@ def job(args, settings):
     """Predicts into a new folder; a mistake is told before it is made."""
     if not args.checkpoint:
         raise jg.UserError("which network? Expected a run's best.pt, then an image or a folder")
-    if args.checkpoint.is_dir():
-        raise jg.UserError(f"{args.checkpoint}: a folder; expected the best.pt of a run, then "
-                           "images")
     if args.source and not args.source.exists():
         raise jg.UserError(f"{args.source}: no such file or folder; expected an image, or a "
                            "folder of images")

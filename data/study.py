@@ -309,7 +309,7 @@ def spread(x):
 def trajectories(runs, plan):
     """{label: {quantity: its min, median and max over seeds at 101 points}}."""
     labels = plan.labels
-    if len(labels) > 16:  # a search: more lines than a picture can show
+    if plan.swept or len(labels) > 16:  # more lines than a picture can tell apart
         labels = [label for label in labels if ":" not in label]
     found = {}
     for label in labels:
@@ -360,6 +360,10 @@ def sign_flip_p(d):
     """Exact two-sided p: share of the 2^n sign patterns whose mean is as far from 0 as seen."""
     signs = np.array(list(itertools.product((1, -1), repeat=len(d))))  # (2^n, n)
     return np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-12 * np.abs(d).sum())
+
+def decidable(n):
+    """How many contrasts n seeds can decide: each of k with p = 2 / 2^n, k p <= 0.05 (Holm)."""
+    return 2**n // 40
 
 def contrast(table, label, versus, metric, at_chance):
     """A difference over seeds; without a p where it is zero or chance by construction."""
@@ -492,17 +496,17 @@ def notes(results):
     """What a reader of the tables must know, a sentence a line."""
     n = len(results["seeds"])
     tested = sum(row["p"] is not None for row in results["paired"])
-    lines = [f"{n} seed{'s' * (n > 1)}: the least p is 2 / 2^{n}, so at most {2**n // 40} "
+    lines = [f"{n} seed{'s' * (n > 1)}: the least p is 2 / 2^{n}, so at most {decidable(n)} "
              f"contrasts of a family can be decided (Holm, 0.05); this one has {tested}."]
     if results["at_chance"]:
         lines.append("At chance, so without a verdict on classification and delta_m: "
                      f"{', '.join(results['at_chance'])}.")
     gains = {label: q["delta_m"]["mean"] for label, q in results["modes"].items()
-             if "delta_m" in q and label not in results["at_chance"]}
-    known = {label: gain for label, gain in gains.items() if gain is not None}
-    if known:  # of a single task that scores 0 there is no gain
-        best = max(known, key=known.get)
-        lines.append(f"Largest delta_m: {best}, {jg.cell_text(known[best])} %; better than "
+             if "delta_m" in q and label not in results["at_chance"]
+             and q["delta_m"]["mean"] is not None}  # over a single task's score of 0
+    if gains:
+        best = max(gains, key=gains.get)
+        lines.append(f"Largest delta_m: {best}, {jg.cell_text(gains[best])} %; better than "
                      "another only where a row below says so.")
     if not SINGLES.keys() <= {row["metric"] for row in results["paired"]}:
         lines.append("The plane of differences is empty: it needs detect and classify.")
@@ -595,7 +599,7 @@ def publish(out, results):
     jg.write_atomic(out / "compare.md", report(results))
     kind = "draw_sweep" if results["sweep"] else "draw_plane"
     jg.draw(out / "figure.png", kind, results)
-    if results["trajectories"] and not results["sweep"]:  # over a sweep a line stands for many
+    if results["trajectories"]:
         jg.draw(out / "trajectories.png", "draw_trajectories", results)
     print(f"{report(results)}\nwritten to {out}/: {', '.join(sorted(os.listdir(out)))}")
     return results
@@ -607,8 +611,8 @@ def compare(args, settings):
     config = jg.clean(asdict(jg.load_config(args.config, settings)))
     swept = [sweep.partition("=")[0] for sweep in args.sweep]
     plan = Plan(make_labels(args.modes, args.sweep), args.seeds, config, swept)
-    count = len(args.seeds)
-    say(f"--seeds: {count} can decide at most {2**count // 40} contrasts; all show a direction")
+    n = len(args.seeds)
+    say(f"--seeds: {n} can decide at most {decidable(n)} contrasts; all show a direction")
     data = Path(config["data"])
     name = f"compare-{data.parent.name or data.stem}"
     carry_out(plan, pick_folder(plan, args.out, name), args)
