@@ -21,9 +21,10 @@ search() {  # 0.7 hours: six tries each for the fixed weight, GradNorm and the c
     cap:cap=0.05 cap:cap=0.1 cap:cap=0.2 cap:cap=0.25 cap:cap=0.3 cap:cap=0.5
 }
 
-main() {  # 1 hour: the main comparison
-  compare compare --seeds $FRESH --modes detect classify fixed equal gradnorm dual uncertainty pcgrad imtl mgda \
-    cap detach fixed:initial_weights=1,0.2 gradnorm:alpha=3
+main() {  # 1.3 hours: the main comparison, with the curve of fixed weights
+  compare compare --seeds $FRESH --modes detect classify fixed equal gradnorm dual uncertainty pcgrad imtl mgda cap detach \
+    fixed:initial_weights=1,0.03 fixed:initial_weights=1,0.1 fixed:initial_weights=1,0.2 \
+    fixed:initial_weights=1,0.3 fixed:initial_weights=1,0.5 gradnorm:alpha=3
 }
 
 # Does it travel? The dials of the search, unchanged. Ten seeds where a verdict is given, the first three where a direction is enough.
@@ -38,10 +39,5 @@ sgd() { compare sgd --optimizer sgd --weight_decay 0.0005 --lr 0.1 --seeds 0 1 2
 budget() { compare budget --epochs 108 --seeds 0 1 2 --modes $SHARED; }
 width() { compare width --width_multiple 0.25 --seeds 0 1 2 --modes $SHARED; }
 dominance() { compare dominance --sweep dominance=0,0.5 --seeds 0 1 2 --modes $SHARED fixed; }
-
-curve() {  # 1 hour, not recorded yet: fixed weights on the seeds of the main comparison
-  compare curve --seeds $FRESH --modes detect classify equal cap gradnorm gradnorm:alpha=3 fixed:initial_weights=1,0.03 \
-    fixed:initial_weights=1,0.1 fixed:initial_weights=1,0.2 fixed:initial_weights=1,0.3 fixed:initial_weights=1,0.5
-}
 
 for name in "${@:-main}"; do $name; done
