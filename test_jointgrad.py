@@ -1892,7 +1892,7 @@ def test_readmes_cap_runs_as_printed_and_leaves_the_capped_sum():
     close(left, rows[0] + a * rows[1])  # float32
     assert all(p.grad.abs().sum() > 0 for p in names["heads"])
 
-THIRD = {  # the change of README's third exercise: a text that stands once, what goes before it
+THIRD = {  # the change of README's second exercise: a text that stands once, what goes before it
     "))\n\n    @property\n    def weights": ', "num"',
     "\n        return (1.0,) * len": " + (1.0,)",
     "        if dual:\n": """\
@@ -1998,6 +1998,7 @@ PLANE = table("""
 fixed:initial_weights=1,0.5  -0.09   0.003
 equal                        -0.134  0.002
 fixed:initial_weights=1,0.2  -0.031  -0.007
+fixed:initial_weights=1,0.1  -0.03   -0.15
 gradnorm                     -0.069  0.002
 gradnorm:alpha=3             -0.07   0
 pcgrad                       -0.136  0.003
@@ -2010,18 +2011,19 @@ def test_the_plane_is_zoomed_and_names_at_its_edge_what_lies_beyond():
     assert ax.get_xlim()[0] > -0.2
     assert ax.get_ylim()[0] > -0.1
     texts = {text.get_text() for text in ax.texts}
-    assert {"fixed: classification -0.55", "uncertainty: detection -0.37"} < texts
+    below = "(1, 0.1): classification -0.15\nfixed: classification -0.55"
+    assert {below, "uncertainty: detection -0.37"} < texts
 
 def test_names_on_the_plane_do_not_overlap():
     ax = drawn_plane(PLANE)
     ax.figure.draw_without_rendering()
     boxes = list(map(Text.get_window_extent, ax.texts))
-    assert len(boxes) == len(PLANE) + 1  # each task alone
+    assert len(boxes) == len(PLANE)  # two share a text at the edge; one more: each task alone
     assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # with itself
 
 def test_the_curve_of_fixed_weights_goes_by_their_order():
     curve, *_ = drawn_plane(PLANE).get_legend_handles_labels()[0]
-    assert list(curve.get_xdata()) == [-0.031, -0.09, -0.134]  # 0.2, 0.5, and equal: 1
+    assert list(curve.get_xdata()) == [-0.03, -0.031, -0.09, -0.134]  # 0.1, 0.2, 0.5, and equal: 1
 
 def test_a_plane_without_single_tasks_says_so():
     assert "no mode was compared with detect" in drawn_plane([]).get_title()
