@@ -21,7 +21,7 @@ search() {  # 0.7 hours: six tries each for the fixed weight, GradNorm and the c
     cap:cap=0.05 cap:cap=0.1 cap:cap=0.2 cap:cap=0.25 cap:cap=0.3 cap:cap=0.5
 }
 
-main() {  # 1.3 hours: the main comparison, with the curve of fixed weights
+main() {  # 1.3 to 2 hours: the main comparison, with the curve of fixed weights
   compare compare --seeds $FRESH --modes detect classify fixed equal gradnorm dual uncertainty pcgrad imtl mgda cap detach \
     fixed:initial_weights=1,0.03 fixed:initial_weights=1,0.1 fixed:initial_weights=1,0.2 \
     fixed:initial_weights=1,0.3 fixed:initial_weights=1,0.5 gradnorm:alpha=3
