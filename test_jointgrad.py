@@ -2023,7 +2023,7 @@ def test_names_on_the_plane_do_not_overlap():
 
 def test_the_curve_of_fixed_weights_goes_by_their_order():
     curve, *_ = drawn_plane(PLANE).get_legend_handles_labels()[0]
-    assert list(curve.get_xdata()) == [-0.03, -0.031, -0.09, -0.134]  # 0.1, 0.2, 0.5, and equal: 1
+    assert list(curve.get_xdata()) == [-0.03, -0.031, -0.09, -0.134]  # 0.1 to 0.5, equal: 1
 
 def test_a_plane_without_single_tasks_says_so():
     assert "no mode was compared with detect" in drawn_plane([]).get_title()

@@ -213,7 +213,7 @@ def draw_run(rows, tasks, title, classification_names):
 # 3. Many runs: the plane of differences, sweeps, the mechanism, step times
 # ----------------------------------------------------------------------------------------------
 
-REACH = np.array([0.3, 0.1])  # of either score: a mode that loses more stands at the plane's edge
+REACH = np.array([0.3, 0.1])  # of either score: what loses more stands at the plane's edge
 LEVEL = 0.02  # a loss within it is small
 
 def place_names(ax, names):
