@@ -2359,8 +2359,10 @@ def test_without_a_terminal_each_run_is_a_line(finished, capsys):
     first, _ = capsys.readouterr().err.splitlines()
     assert re.search(r": \d+ s, 0.500 / 0.500; 1 of 2, about \d min left$", first)
 
-def test_faulty_data_are_told_before_a_folder_is_made(tmp_path, capsys):
-    assert compare("--out", tmp_path / "out", "--data", "no.yaml") == 2
+@cases("fault", [("--data", "no.yaml"), ("--seeds", 1, 1), ("--modes", "x")])
+def test_a_fault_is_all_that_is_told_before_a_folder_is_made(tmp_path, capsys, fault):
+    assert compare("--out", tmp_path / "out", *fault) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 @pytest.fixture(scope="module")

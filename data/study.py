@@ -545,8 +545,8 @@ def pick_folder(plan, out, name):
                            "there holds is not run again)")
     return out
 
-def carry_out(plan, out, args):
-    """Finishes the cells and evaluates them, or prints what is left."""
+def carry_out(plan, out, args, about):
+    """Finishes the cells, of which `about` is said, and evaluates them; or prints what is left."""
     cells = make_cells(plan, out)
     left = {cell.folder: unfinished(cell) for cell in cells}
     left = {folder: command for folder, command in left.items() if command}
@@ -559,7 +559,7 @@ def carry_out(plan, out, args):
         jg.write_json(out / "config.yaml", plan.config)  # JSON is YAML
         if args.print:
             return sys.stdout.writelines(f"{shlex.join(x)}\n" for x in left.values())
-        say(f"{len(left)} of {len(cells)} runs are left, {args.jobs} side by side")
+        say(f"{about}\n{len(left)} of {len(cells)} runs are left, {args.jobs} side by side")
         try:
             finish_all(left, args.jobs)
         except KeyboardInterrupt:
@@ -612,10 +612,10 @@ def compare(args, settings):
     swept = [sweep.partition("=")[0] for sweep in args.sweep]
     plan = Plan(make_labels(args.modes, args.sweep), args.seeds, config, swept)
     n = len(args.seeds)
-    say(f"--seeds: {n} can decide at most {decidable(n)} contrasts; all show a direction")
+    about = f"--seeds: {n} can decide at most {decidable(n)} contrasts; all show a direction"
     data = Path(config["data"])
     name = f"compare-{data.parent.name or data.stem}"
-    carry_out(plan, pick_folder(plan, args.out, name), args)
+    carry_out(plan, pick_folder(plan, args.out, name), args, about)
 
 def part_of(recorded, args, settings):
     """The plan of a recorded comparison, of the asked labels and seeds alone; UserError."""
@@ -657,9 +657,9 @@ def check(args, settings):
     plan = part_of(recorded, args, settings)
     took = sum(recorded["modes"][label]["run_s"]["mean"] for label in plan.labels)
     minutes = took * len(plan.seeds) / max(1, args.jobs) / 60
-    say(f"about {minutes:.0f} min, {args.jobs} runs side by side, by their recorded time")
+    about = f"about {minutes:.0f} min, by their recorded time"
     out = args.out or jg.first_free(f"check-{args.file.resolve().parent.name}")
-    measured = carry_out(plan, pick_folder(plan, out, ""), args)
+    measured = carry_out(plan, pick_folder(plan, out, ""), args, about)
     rows = compare_means(recorded, measured)
     print(jg.markdown(["mode", "metric", "recorded", "now", "verdict"], rows))
     return int(any("OUTSIDE" in row for row in rows))
