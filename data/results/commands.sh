@@ -33,8 +33,8 @@ SHARED="detect classify equal fixed:initial_weights=1,0.2 gradnorm gradnorm:alph
 
 bccd() { compare bccd --config data/bccd.yaml --seeds $TEN --modes $SHARED dual; }  # 1.3 hours; data/bccd.py makes the set
 LONG="--config data/bccd.yaml --epochs 400 --eval_interval 40"  # four times the budget
-bccd_cap() { compare bccd_cap $LONG --seeds 200 201 202 --modes detect classify cap; }  # 0.6 hours: a direction
-bccd_long() {  # 2.2 hours, to decide it
+bccd_cap() { compare bccd_cap $LONG --seeds 200 201 202 --modes detect classify cap; }  # 0.6 hours: ahead of it
+bccd_long() {  # 2 hours
   compare bccd_long $LONG --seeds 203 204 205 206 207 208 209 210 --modes detect classify gradnorm:alpha=3 cap
 }
 warm() {  # 0.4 hours, after main: a classifier added to a trained detector, which trains on
