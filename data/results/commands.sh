@@ -40,6 +40,10 @@ bccd_long() {  # 2 hours
 warm() {  # 0.4 hours, after main: a classifier added to a trained detector, which trains on
   compare warm --epochs 54 --lr 0.003 --init 'data/results/compare/runs/detect-s{seed}/last.pt' --seeds $TEN --modes $SHARED
 }
+bccd_warm() {  # 0.2 hours, after bccd: the same on the smears
+  compare bccd_warm --config data/bccd.yaml --epochs 54 --lr 0.002 --init 'data/results/bccd/runs/detect-s{seed}/last.pt' \
+    --seeds 200 201 202 --modes $SHARED
+}
 sgd() { compare sgd --optimizer sgd --weight_decay 0.0005 --lr 0.1 --seeds 0 1 2 --modes $SHARED; }
 budget() { compare budget --epochs 108 --seeds 0 1 2 --modes $SHARED; }
 width() { compare width --width_multiple 0.25 --seeds 0 1 2 --modes $SHARED; }
