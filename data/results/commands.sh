@@ -48,7 +48,7 @@ sgd() { compare sgd --optimizer sgd --weight_decay 0.0005 --lr 0.1 --seeds 0 1 2
 budget() { compare budget --epochs 108 --seeds 0 1 2 --modes $SHARED; }
 width() { compare width --width_multiple 0.25 --seeds 0 1 2 --modes $SHARED; }
 start() {  # GradNorm from the report's weights, as everywhere here, and from equal ones
-  compare start --sweep initial_weights=[1,0.01],[1,1] --seeds 0 1 2 --modes detect classify gradnorm gradnorm:alpha=3
+  compare start --sweep 'initial_weights=[1,0.01],[1,1]' --seeds 0 1 2 --modes detect classify gradnorm gradnorm:alpha=3
 }
 dominance() { compare dominance --sweep dominance=0,0.5 --seeds 0 1 2 --modes $SHARED fixed; }
 
